@@ -1,0 +1,70 @@
+# make run | test | lab | setup | lock | clean; `make` alone says what each does. Variables are given on the command line
+# (make run LANGS=da); none is taken from the environment, and LANG and LANGUAGE stay what they are: the locale.
+LANGS    = no sv da
+PROFILE  = mini
+STAGES   =
+AUDIO    =
+CORPUS   =
+JOBS     =
+SET      =
+EXTRAS   =
+LAB      =
+PYTHON  ?= python3.11
+
+# An activated conda environment (not its base) is used as it is; otherwise .venv is made here.
+ifneq ($(filter-out base,$(CONDA_DEFAULT_ENV)),)
+ENV   := $(CONDA_PREFIX)
+BASE  := $(ENV)/bin/python
+BUILD := true
+UV    := uv
+else
+ENV   := .venv
+BASE   = $(PYTHON)
+BUILD  = $(PYTHON) -m venv $(ENV) && $(PY) -m pip install --quiet uv
+UV    := $(ENV)/bin/uv
+endif
+PY    := $(ENV)/bin/python
+STAMP := $(ENV)/.csm-nb-setup
+# uv does not read pip's settings: where pip is told of a mirror, uv is told too
+INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
+  [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
+
+.PHONY: help run test lab setup lock clean
+help:
+	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...'"
+	@echo "make test    run every test"
+	@echo "make lab     open the notebooks in JupyterLab; LAB='--no-browser ...' for its options"
+	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
+	@echo "make lock    resolve pyproject.toml anew into requirements.lock"
+	@echo "make clean   remove runs/ and caches; models, adapters and .venv stay"
+
+run: $(STAMP)
+	@$(PY) -m csm_nb.run --langs $(LANGS) --profile $(PROFILE) $(if $(STAGES),--stages $(STAGES)) \
+	  $(if $(AUDIO),--audio "$(AUDIO)") $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--set $(SET))
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+lab: $(STAMP)
+	$(ENV)/bin/jupyter lab notebooks $(LAB)
+
+setup: $(STAMP)
+ifneq ($(EXTRAS),)
+	@$(INSTALL) -e '.[$(EXTRAS)]' -c requirements.lock
+endif
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || { \
+	  echo "make: $(BASE) is missing or not Python 3.11 or 3.12. Install Python 3.11 (with venv), or say where it is:"; \
+	  echo "  make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; \
+	  echo "or use conda: conda env create -f environment.yml && conda activate csm-nb"; exit 1; }
+	$(BUILD)
+	@$(INSTALL) --no-deps -r requirements.lock
+	@$(INSTALL) --no-deps -e .
+	@touch $@
+
+lock:
+	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-annotate --no-header -o requirements.lock
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache csm_nb/__pycache__ tests/__pycache__ *.egg-info

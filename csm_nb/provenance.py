@@ -1,0 +1,148 @@
+"""What a result came from: hashes of files, recordings and code; the commit, versions and machine; the JSON records."""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("torch", "torchaudio", "transformers", "peft", "datasets", "moshi", "numpy", "papermill", "csm-nb")
+
+
+def hash_value(value) -> str:
+    """Return 12 hex digits of the SHA-256 of a JSON value; the order of a dict's keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hash_file(path: Path) -> str:
+    """Return a hash of a file's bytes; a file of unchanged size and time is read once a process."""
+    status = path.stat()
+    return _hash_content(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _hash_content(path, size, mtime):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def hash_folder(folder: Path) -> str:
+    """Return a hash of a model's or adapter's folder by names and contents; its card and hidden files do not count."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".md"]
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return hash_value([(p.relative_to(folder).as_posix(), hash_file(p)) for p in files])
+
+
+def hash_recordings(path: Path) -> str:
+    """Return a hash of a folder of audio (names and sizes) or of a manifest (its bytes, and the sizes of its clips)."""
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        return hash_value([(p.relative_to(path).as_posix(), p.stat().st_size) for p in files])
+    sizes = []
+    for line in path.read_bytes().splitlines():
+        try:
+            sizes.append((path.parent / json.loads(line)["audio_path"]).stat().st_size)
+        except (ValueError, LookupError, TypeError, OSError):  # a bad line or clip: corpora sets it aside and says so
+            sizes.append(None)
+    return hash_value([hash_file(path), sizes])
+
+
+def hash_code(source: str, package: Path) -> str:
+    """Return a hash of `source`, the modules of `package` that it imports, transitively, and the package's data files.
+
+    Comments and layout do not count. `%` and `!` lines of a notebook are left out.
+    """
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    trees = {"": ast.parse("\n".join(lines))}
+    waiting = [""]
+    while waiting:
+        for name in _find_imports(trees[waiting.pop()], package.name) - trees.keys():
+            if (package / f"{name}.py").is_file():
+                trees[name] = ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))
+                waiting.append(name)
+    data = [p for p in sorted(package.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc")]
+    return hash_value([
+        {name: ast.dump(tree) for name, tree in trees.items()},
+        {p.relative_to(package).as_posix(): hash_file(p) for p in data},
+    ])  # fmt: skip
+
+
+def _find_imports(tree, package):
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{package}.")}
+        elif isinstance(node, ast.ImportFrom):
+            parts = ([package] if node.level else []) + (node.module.split(".") if node.module else [])
+            if parts == [package]:
+                names |= {alias.name for alias in node.names}
+            elif parts[0] == package:
+                names.add(parts[1])
+    return names
+
+
+def describe_commit(root: Path) -> dict:
+    """Return {"commit", "dirty"} of a git checkout; None for both where there is no git or no commit."""
+    def ask(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on most."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def describe_host() -> dict:
+    """Return what a run's seconds depend on: the processor, the cores there are to use, and the GPU (None without)."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.platform(), "cpu": model, "cores": count_cores(), "gpu": gpu}
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use (all of the machine's where the system cannot say)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_json(path: Path) -> dict:
+    """Return the content of a JSON file, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that a reader finds the old file or the whole new one; NumPy values as plain ones, NaN as null."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _plain(value):
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
