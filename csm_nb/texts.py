@@ -1,0 +1,94 @@
+"""Sentences to train and test with: templates over hand-written words, split so that tests never see training text.
+
+csm_nb/sentences/<code>.yaml holds `letters` (the lowercase alphabet of the language, spaces and apostrophe included
+where it has them), `slots` (name: words or phrases in their ready forms, separated by commas) and `templates`. A new
+language is a new file there and a row in `csm_nb.languages`.
+"""
+
+import functools
+import hashlib
+import itertools
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from csm_nb.languages import LANGUAGES, get_language
+
+SENTENCES_DIR = Path(__file__).parent / "sentences"
+MIN_WORDS, MAX_WORDS = 2, 6
+MIN_CHARACTERS, MAX_CHARACTERS = 10, 40
+HELD_OUT = 10  # one sentence in ten
+_NOT_A_WORD = re.compile(r"[\W\d_]+")
+
+
+def normalise_sentence(sentence: str) -> str:
+    """Words only, lowercase, composed Unicode: what makes two sentences the same for the split."""
+    return _NOT_A_WORD.sub(" ", unicodedata.normalize("NFC", sentence).lower()).strip()
+
+
+def split_of(sentence: str) -> str:
+    """ "train" or "held_out" (one in ten), by a hash of the sentence's words alone.
+
+    So it depends on no count, seed or list, and case or punctuation can not carry a sentence across.
+    """
+    digest = hashlib.blake2b(normalise_sentence(sentence).encode(), digest_size=8).digest()
+    return "held_out" if int.from_bytes(digest, "big") % HELD_OUT == 0 else "train"
+
+
+def read_templates(language: str) -> tuple[str, dict[str, list[str]], list[str]]:
+    """(letters, slots, templates) of csm_nb/sentences/<language>.yaml, checked: every slot named exists and is used."""
+    path = SENTENCES_DIR / f"{get_language(language).code}.yaml"
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    slots = {name: [item.strip() for item in words.split(",")] for name, words in data["slots"].items()}
+    named = {name for template in data["templates"] for name in re.findall(r"{(\w+)}", template)}
+    if named != set(slots):
+        raise ValueError(f"{path}: slots {sorted(named ^ set(slots))} are either used and not defined or not used")
+    return data["letters"], slots, data["templates"]
+
+
+@functools.cache
+def _sentences_by_template(language: str, split: str) -> list[list[str]]:
+    _, slots, templates = read_templates(language)
+    seen = {normalise_sentence(probe) for other in LANGUAGES.values() for probe in other.probes}
+    lists = []
+    for template in templates:
+        names = re.findall(r"{(\w+)}", template)
+        frame = re.sub(r"{\w+}", "{}", template)
+        lists.append([])
+        for words in itertools.product(*(slots[name] for name in names)):
+            text = frame.format(*words)
+            start = 1 if text[0] in "¿¡" else 0
+            text = text[:start] + text[start].upper() + text[start + 1 :]
+            key = normalise_sentence(text)
+            fits = MIN_WORDS <= len(text.split()) <= MAX_WORDS and MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS
+            if fits and key not in seen:
+                seen.add(key)
+                if split_of(text) == split:
+                    lists[-1].append(text)
+    return lists
+
+
+def make_sentences(language: str, count: int, seed: int = 0, split: str = "train") -> list[str]:
+    """`count` distinct sentences of `language`, the same for the same arguments.
+
+    They are drawn from the templates in turn, so that a template with many combinations does not crowd out the rest.
+    2 to 6 words, 10 to 40 characters, numbers as words. No probe sentence of any language is among them. Raises
+    ValueError for an unknown language or split, and for a count beyond what the templates make (it says how many).
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f'unknown split {split!r}; "train" or "held_out"')
+    lists = _sentences_by_template(get_language(language).code, split)
+    total = sum(map(len, lists))
+    if not 0 <= count <= total:
+        raise ValueError(f"{count} {split} sentences of {language!r} asked for, there are {total}; ask for 0 to {total} "
+                         f"or add templates or words to {SENTENCES_DIR.name}/{language}.yaml")
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(texts)) for texts in lists]
+    longest = max(map(len, lists))
+    turns = ((texts, order[turn]) for turn in range(longest)
+             for texts, order in zip(lists, orders, strict=True) if turn < len(texts))
+    drawn = [texts[i] for texts, i in itertools.islice(turns, count)]
+    return [drawn[i] for i in rng.permutation(count)]
