@@ -1,0 +1,97 @@
+"""Every notebook keeps the rules, and runs from its first to its last cell at the smallest size."""
+
+import ast
+import statistics
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from conftest import ROOT
+from test_report import LOADS
+
+from csm_nb import run as headless
+from csm_nb.params import NOTEBOOKS, STAGES, read_cell
+from csm_nb.provenance import read_json
+
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    """Return (parameters cells, other code cells) of a notebook."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in cells]
+    split = [[cell for cell, tag in zip(cells, tagged, strict=True) if tag is wanted] for wanted in (True, False)]
+    return split[0], split[1]
+
+
+def test_there_is_one_notebook_for_each_stage():
+    assert tuple(path.stem for path in PATHS) == STAGES
+
+
+@every_notebook
+def test_parameters_are_annotated_literals_each_with_a_comment(path):
+    found = papermill.inspect_notebook(str(path))  # what papermill's own users see must be what `params` checks
+    ours = read_cell(path.stem)
+    assert {name: (p["inferred_type_name"], ast.literal_eval(p["default"])) for name, p in found.items()} == {
+        name: (parameter.type, parameter.default) for name, parameter in ours.items()
+    }
+    assert all(parameter["help"] for parameter in found.values())
+    assert {"language", "seed", "device", "runs_dir"} <= ours.keys()
+
+
+@every_notebook
+def test_notebook_is_committed_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
+    assert not {"papermill", "widgets"} & notebook.metadata.keys()
+    assert not [cell for cell in notebook.cells if {"papermill", "execution", "ExecuteTime"} & cell.metadata.keys()]
+
+
+@every_notebook
+def test_cells_are_short_and_define_nothing(path):
+    tagged, cells = code_cells(path)
+    assert len(tagged) == 1
+    lines = [len(cell.source.splitlines()) for cell in cells]
+    assert max(lines) <= 15 and statistics.median(lines) <= 4
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    assert not [node for cell in cells for node in ast.walk(ast.parse(cell.source)) if isinstance(node, definitions)]
+
+
+@every_notebook
+def test_a_run_is_opened_under_the_notebook_s_name_and_finished_in_the_last_cell(path):
+    cells = code_cells(path)[1]
+    assert f'open_run("{path.stem}", globals())' in "".join(cell.source for cell in cells)
+    assert "finish_run(" in cells[-1].source
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Return the settings that keep these runs and their adapters together and out of the checkout."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {"runs_dir": str(folder / "runs"), "adapters_dir": str(folder / "models")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_runs_at_the_smallest_size(stage, places, capsys):
+    settings = [f"{key}={value}" for key, value in places.items()]
+    code = headless.main(["--langs", "da", "--profile", "test", "--stages", stage, "--set", *settings])
+    assert code == 0, "".join(capsys.readouterr())
+    (done,) = (ROOT / places["runs_dir"]).glob(f"da/{stage}/*/done.json")
+    assert read_json(done.with_name("metrics.json"))["verdict"]
+    profile = yaml.safe_load((ROOT / "params" / "test.yaml").read_text()) | places
+    params = read_json(done.with_name("run.json"))["params"]
+    assert all(params[key] == profile[key] for key in profile.keys() & params.keys())
+    assert not LOADS.findall(done.with_name("notebook.html").read_text())
+
+
+def test_plain_papermill_runs_a_notebook_too(places, tmp_path):
+    command = [sys.executable, "-m", "papermill", "notebooks/00_mimi_sanity.ipynb", tmp_path / "out.ipynb"]
+    command += ["-f", "params/da.yaml", "-f", "params/test.yaml", "-p", "runs_dir", tmp_path / "runs"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert list((tmp_path / "runs").glob("da/00_mimi_sanity/*/done.json"))

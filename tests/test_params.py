@@ -1,0 +1,236 @@
+"""Parameters are refused before anything starts; a run's hash changes with what matters and with nothing else."""
+
+import json
+
+import pytest
+import yaml
+from conftest import ROOT, write_notebook
+
+from csm_nb import params, provenance
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    """Let the package's own `params` work in the small project."""
+    monkeypatch.setattr(params, "ROOT", project)
+    monkeypatch.setattr(params, "NOTEBOOKS", project / "notebooks")
+    monkeypatch.setattr(params, "__file__", str(project / "csm_nb" / "params.py"))
+    return project
+
+
+def place(stage="00_mimi_sanity", **values):
+    return params.place_run(stage, params.check_params(stage, values))[0]
+
+
+def complete(stage, **values):
+    run = params.open_run(stage, {name: p.default for name, p in params.read_cell(stage).items()} | values)
+    (run.dir / "adapter").mkdir(exist_ok=True)
+    (run.dir / "adapter" / "adapter_config.json").write_text(json.dumps(values))
+    params.finish_run(run, {}, "go")
+    return run
+
+
+def test_later_files_and_overrides_win(here):
+    values, origins = params.load_params(["params/da.yaml", "params/mini.yaml"], {"clips": 5})
+    assert values == {"language": "da", "lr": 2.0e-3, "clips": 5}
+    assert origins == {"language": "params/da.yaml", "lr": "params/mini.yaml", "clips": "command line"}
+    checked = params.check_params("00_mimi_sanity", values, origins)
+    assert (checked["lr"], checked["clips"], checked["audio"]) == (2.0e-3, 5, "")
+
+
+def test_a_comment_with_an_equals_sign_hides_no_parameter(here):
+    write_notebook(here / "notebooks" / "00_mimi_sanity.ipynb", 'clips: int = 3  # 3 = enough\nname: str = "a=b"')
+    found = params.read_cell("00_mimi_sanity")
+    assert found == {"clips": params.Parameter("int", 3), "name": params.Parameter("str", "a=b")}
+
+
+@pytest.mark.parametrize("line", ["n = 3", "n: int = 1 + 2", "n: int = '3'", "import os", "n: set = {1}"])
+def test_a_cell_of_anything_but_annotated_literals_is_refused(here, line):
+    write_notebook(here / "notebooks" / "00_mimi_sanity.ipynb", line)
+    with pytest.raises(params.ParameterError, match="line 1 of the parameters cell"):
+        params.read_cell("00_mimi_sanity")
+
+
+def test_unknown_key_is_refused_with_file_key_and_the_known_ones(here):
+    (here / "params" / "mini.yaml").write_text("clipz: 3\n")
+    with pytest.raises(params.ParameterError, match=r"params/mini.yaml: unknown parameter 'clipz' \(value 3\).*clips"):
+        params.load_params(["params/da.yaml", "params/mini.yaml"])
+
+
+@pytest.mark.parametrize("text, message", [("- 1\n", "key: value"), ("a: [\n", "not readable as YAML")])
+def test_a_file_that_is_no_flat_yaml_is_refused(here, text, message):
+    (here / "params" / "mini.yaml").write_text(text)
+    with pytest.raises(params.ParameterError, match=f"params/mini.yaml: .*{message}"):
+        params.load_params(["params/mini.yaml"])
+
+
+def test_a_missing_file_is_refused_with_those_that_are_there(here):
+    with pytest.raises(params.ParameterError, match="params/xx.yaml: no such file.*da.yaml, mini.yaml, sv.yaml"):
+        params.load_params(["params/xx.yaml"])
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("clips", "12", "clips is '12' .a str.; allowed is a int"),
+    ("clips", True, "clips is True .a bool."),
+    ("clips", 1.5, "clips is 1.5 .a float."),
+    ("lr", yaml.safe_load("1e-4"), r"lr is '1e-4' .a str.*write 1.0e-4, with the point"),
+    ("lr", "fast", "lr is 'fast' .a str.; allowed is a float, such as 0.001$"),
+    ("language", yaml.safe_load("no"), "language is False .a bool."),
+    ("language", "xx", "language is 'xx': .*da"),
+    ("codebooks", ["all"], "codebooks is .*list of int"),
+    ("codebooks", [], "codebooks is .*list of int"),
+    ("audio", "nowhere/manifest.jsonl", "audio is 'nowhere/manifest.jsonl'.*a manifest.jsonl, a folder of audio"),
+])  # fmt: skip
+def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here, key, value, message):
+    with pytest.raises(params.ParameterError, match=f"params/my.yaml: {message}"):
+        params.check_params("00_mimi_sanity", {key: value}, {key: "params/my.yaml"})
+
+
+def test_an_int_is_taken_where_a_float_belongs(here):
+    assert isinstance(params.check_params("00_mimi_sanity", {"lr": 1})["lr"], float)
+    assert place(lr=1) == place(lr=1.0)
+
+
+def test_hash_ignores_where_a_run_happens_and_how_a_path_is_written(here):
+    base = place()
+    assert place(device="cpu") == base
+    assert place(runs_dir="elsewhere").name == base.name
+    assert place(base_model=str(here / "models" / "base")) == base
+    assert len(base.name) == 12 and base.parent == here / "runs" / "da" / "00_mimi_sanity"
+
+
+def test_hash_changes_with_every_parameter_that_matters(here):
+    changes = [{}, {"seed": 1}, {"clips": 4}, {"language": "sv"}, {"codebooks": [1]}, {"base_model": "org/model"}]
+    assert len({place(**change).name for change in changes}) == len(changes)
+
+
+def test_hash_changes_with_the_weights_but_not_with_the_card(here):
+    base = place()
+    (here / "models" / "base" / "README.md").write_text("a card")
+    assert place() == base
+    (here / "models" / "base" / "model.safetensors").write_bytes(b"weights")
+    assert place() != base
+
+
+def test_hash_changes_with_imported_code_but_not_with_its_comments(here):
+    base, helper = place(), here / "csm_nb" / "helper.py"
+    helper.write_text("VALUE = 1  # the value\n")
+    (here / "csm_nb" / "unused.py").write_text("VALUE = 2\n")
+    assert place() == base
+    helper.write_text("VALUE = 2\n")  # imported by work.py, which the notebook imports
+    changed = place()
+    assert changed != base
+    (here / "csm_nb" / "words.yaml").write_text("- ord\n")
+    assert place() not in (base, changed)
+
+
+def test_hash_changes_with_a_notebook_cell_but_not_with_the_default_of_an_overridden_parameter(here):
+    notebook, base = here / "notebooks" / "00_mimi_sanity.ipynb", place(clips=5)
+    text = notebook.read_text()
+    notebook.write_text(text.replace("clips: int = 3", "clips: int = 4"))
+    assert place(clips=5) == base
+    notebook.write_text(text.replace('\\"score\\": 0.5', '\\"score\\": 0.6'))
+    assert place(clips=5) != base
+
+
+def test_hash_changes_with_a_clip_of_a_manifest_and_survives_a_bad_line(here):
+    manifest, clip = here / "m.jsonl", here / "a.wav"
+    clip.write_bytes(b"12")
+    manifest.write_text('{"audio_path": "a.wav"}\nnot json\n{"audio_path": "missing.wav"}\n7\n')
+    base = place(audio="m.jsonl")
+    clip.write_bytes(b"123")
+    assert place(audio="m.jsonl") != base
+
+
+def test_hash_of_a_folder_of_audio_is_of_names_and_sizes(here):
+    (here / "clips").mkdir()
+    base = place(audio="clips")
+    (here / "clips" / "a.wav").write_bytes(b"12")
+    assert place(audio="clips") != base
+
+
+def test_open_run_records_provenance_and_seeds(here):
+    import numpy as np
+    import torch
+
+    first = complete("00_mimi_sanity", seed=7)
+    draws = [params.random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+    record = provenance.read_json(first.dir / "run.json")
+    assert record["status"] == "done" and record["params"]["seed"] == 7 and record["inputs"]["base_model"]["hash"]
+    assert {"commit", "dirty", "versions", "host", "seconds", "peak_memory_bytes"} <= record.keys()
+    assert provenance.read_json(first.dir / "metrics.json") == {"verdict": "go"}
+    complete("00_mimi_sanity", seed=7)
+    assert draws == [params.random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+
+
+def test_an_unfinished_run_is_taken_up_and_a_finished_one_never_overwritten(here):
+    values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+    first = params.open_run("00_mimi_sanity", values)
+    assert params.open_run("00_mimi_sanity", values).dir == first.dir
+    params.finish_run(first, {"x": 1}, "go")
+    second = params.open_run("00_mimi_sanity", values)
+    assert second.dir.name == first.dir.name + ".2"
+    assert params.find_done(first.dir) == first.dir
+    params.finish_run(second, {"x": 2}, "stop")
+    assert params.open_run("00_mimi_sanity", values).dir.name == first.dir.name + ".3"
+    assert provenance.read_json(first.dir / "metrics.json")["x"] == 1
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(here):
+    import psutil
+
+    base = place()
+    base.mkdir(parents=True)
+    other = psutil.Process().parent()
+    provenance.write_json(base / "run.json", {"status": "running", "process": [other.pid, other.create_time()]})
+    assert params.choose_folder(base).name == base.name + ".2"
+    provenance.write_json(base / "run.json", {"status": "running", "process": [other.pid, other.create_time() - 60]})
+    assert params.choose_folder(base) == base  # the process id is another process's by now
+
+
+def test_a_notebook_whose_parameters_cell_did_not_run_is_told_so(here):
+    with pytest.raises(params.ParameterError, match="seed.* not set; run the parameters cell first"):
+        params.open_run("00_mimi_sanity", {"language": "da"})
+
+
+def test_adapter_of_a_stage_is_the_newest_complete_one_on_the_same_base_and_language(here):
+    with pytest.raises(params.ParameterError, match="run 01_anchor for da first"):
+        place("02_synthetic")
+    older = complete("01_anchor")
+    newer = complete("01_anchor", seed=1)
+    (here / "models" / "other").mkdir()
+    (here / "models" / "other" / "config.json").write_text("other")
+    complete("01_anchor", base_model="models/other")
+    complete("01_anchor", language="sv")
+    params.os.utime(older.dir / "done.json", (1, 1))
+    run = params.open_run("02_synthetic", {name: p.default for name, p in params.read_cell("02_synthetic").items()})
+    assert params.find_adapter("01_anchor", run) == newer.dir / "adapter"
+    assert params.find_adapter(str(older.dir), run) == older.dir / "adapter"
+    assert params.find_adapter("", run) is None
+    with pytest.raises(params.ParameterError, match="holds no adapter_config.json"):
+        params.find_adapter("models/base", run)
+
+
+def test_hash_changes_with_the_adapter_that_a_run_goes_on_from(here):
+    complete("01_anchor")
+    base = place("02_synthetic")
+    complete("01_anchor", seed=1)
+    assert place("02_synthetic") != base
+    assert place("02_synthetic", init_adapter="").name != base.name
+
+
+def test_records_are_json_whatever_numpy_says(tmp_path):
+    import numpy as np
+
+    content = {"a": np.float32(0.5), "b": np.arange(2), "c": float("nan"), "d": tmp_path, 1: (2,)}
+    provenance.write_json(tmp_path / "a.json", content)
+    assert provenance.read_json(tmp_path / "a.json") == {"a": 0.5, "b": [0, 1], "c": None, "d": str(tmp_path), "1": [2]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_parameter_file_fits_the_notebooks(path):
+    values, origins = params.load_params([path])
+    for stage in params.STAGES:
+        params.check_params(stage, values, origins)
+    if "language" in values:
+        assert values["language"] == path.stem and path.stem in values["compare"]

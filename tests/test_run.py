@@ -1,0 +1,236 @@
+"""Headless runs: done stages are skipped, failures are kept and shown, an interrupt loses nothing that is finished."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+
+from csm_nb import run as headless
+from csm_nb.params import STAGES, ParameterError
+from csm_nb.provenance import read_json
+
+
+def start(project, *arguments):
+    # importing the real torch would take most of the time of a notebook that only seeds it
+    (project / "torch.py").write_text("class cuda:\n    is_available = lambda: False\n\nmanual_seed = print\n")
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    command = [sys.executable, "-m", "csm_nb.run", *arguments]
+    return subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def call(project, *arguments):
+    process = start(project, *arguments)
+    output = process.communicate(timeout=300)[0]
+    return process.returncode, output
+
+
+def put_cell(project, stage, source, at=-1):
+    """Put a code cell into a notebook, before its last one."""
+    path = project / "notebooks" / f"{stage}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(at if at >= 0 else len(notebook.cells) + at, nbformat.v4.new_code_cell(source))
+    nbformat.write(notebook, path)
+
+
+def find_run(project, stage, language="da"):
+    (folder,) = (project / "runs" / language / stage).iterdir()
+    return folder
+
+
+def test_finished_stages_are_skipped_and_the_index_links_them(project):
+    stages = ["00_mimi_sanity", "01_anchor", "02_synthetic"]
+    code, output = call(project, "--langs", "da", "--stages", *stages)
+    assert code == 0, output
+    times = {}
+    for stage in stages:
+        folder = find_run(project, stage)
+        assert read_json(folder / "run.json")["params"]["lr"] == 2.0e-3  # of the profile
+        times[stage] = (folder / "notebook.ipynb").stat().st_mtime_ns
+        assert f"da/{stage}/{folder.name}/notebook.html" in (project / "runs" / "index.html").read_text()
+        assert (folder / "notebook.html").is_file()
+    made = find_run(project, "01_anchor") / "adapter"
+    assert read_json(find_run(project, "02_synthetic") / "run.json")["inputs"]["init_adapter"]["path"] == str(
+        made.relative_to(project)
+    )
+    code, output = call(project, "--langs", "da", "--stages", *stages)
+    assert code == 0 and output.count("(skipped: done before)") == 3, output
+    assert times == {stage: (find_run(project, stage) / "notebook.ipynb").stat().st_mtime_ns for stage in stages}
+
+
+def test_a_failed_notebook_is_kept_and_shown_and_what_needs_it_is_not_run(project):
+    put_cell(project, "01_anchor", 'import os\nif os.path.exists("broken"): raise ValueError("the clip is gone")')
+    (project / "notebooks" / "broken").touch()
+    code, output = call(project, "--langs", "da", "--stages", "01_anchor", "02_synthetic")
+    folder = find_run(project, "01_anchor")
+    assert code == 1
+    assert "ValueError: the clip is gone" in output and f"runs/da/01_anchor/{folder.name}/notebook.ipynb" in output
+    assert "da 02_synthetic    not run" in output and "(needs 01_anchor)" in output
+    record = read_json(folder / "run.json")
+    assert record["status"] == "failed" and record["error"] == "ValueError: the clip is gone" and record["versions"]
+    index = (project / "runs" / "index.html").read_text()
+    assert "the clip is gone" in index and f"{folder.name}/notebook.html" in index
+
+    (project / "notebooks" / "broken").unlink()
+    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
+    assert code == 0 and find_run(project, "01_anchor") == folder, output
+    assert (folder / "notebook.failed-1.ipynb").is_file() and (folder / "notebook.failed-1.html").is_file()
+
+
+def test_a_kernel_killed_after_its_last_cell_does_not_count_as_done(project):
+    put_cell(project, "00_mimi_sanity", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", at=5)
+    code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity")
+    folder = find_run(project, "00_mimi_sanity")
+    assert code == 1 and "failed" in output
+    assert (folder / "metrics.json").is_file() and not (folder / "done.json").exists()
+    assert read_json(folder / "run.json")["status"] == "failed"
+
+
+def test_a_notebook_that_never_finishes_its_run_is_a_failure(project):
+    path = project / "notebooks" / "00_mimi_sanity.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1:] = [nbformat.v4.new_code_cell("1 + 1")]
+    nbformat.write(notebook, path)
+    code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity")
+    assert code == 1
+    record = read_json(find_run(project, "00_mimi_sanity") / "run.json")
+    assert record["error"] == "the notebook did not reach finish_run", output
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--set", "clipz=3"], "command line: unknown parameter 'clipz'"),
+    (["--set", "lr=1e-4"], "command line: lr is '1e-4'"),
+    (["--set", "language=sv"], "language is set by --langs"),
+    (["--audio", "nowhere"], "no "),
+    (["--langs", "xx"], "params/xx.yaml: no such file"),
+    (["--profile", "huge"], "params/huge.yaml: no such file"),
+    (["--stages", "02_synthetic"], "run 01_anchor for da first"),
+])  # fmt: skip
+def test_bad_parameters_stop_everything_before_it_starts(project, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(headless.settings, "ROOT", project)
+    monkeypatch.setattr(headless.settings, "NOTEBOOKS", project / "notebooks")
+    stages = [] if "--stages" in arguments else ["--stages", "00_mimi_sanity"]
+    assert headless.main(["--langs", "da", *stages, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (project / "runs").exists()
+
+
+def test_an_interrupt_ends_the_kernel_and_the_next_call_goes_on_from_there(project):
+    put_cell(project, "01_anchor", 'import os, time\nwhile not os.path.exists("go-on"): time.sleep(0.1)')
+    process = start(project, "--langs", "da", "--stages", "00_mimi_sanity", "01_anchor")
+    for _ in range(600):
+        anchors = list((project / "runs").glob("da/01_anchor/*/run.json"))
+        if anchors:
+            break
+        time.sleep(0.2)
+    kernel = read_json(anchors[0])["process"][0]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert kernel in [member.pid for member in family]
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "the same command goes on from here" in output
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert read_json(anchors[0])["status"] == "interrupted"
+    assert (find_run(project, "00_mimi_sanity") / "done.json").is_file()
+
+    (project / "notebooks" / "go-on").touch()
+    code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity", "01_anchor")
+    assert code == 0 and output.count("skipped: done before)") == 1, output
+    assert find_run(project, "01_anchor") == anchors[0].parent
+
+
+class Ended:
+    """A process that has ended when it is looked at the second time."""
+
+    def __init__(self):
+        self.codes = iter([None, 0])
+
+    def poll(self):
+        return next(self.codes)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Run tasks without notebooks; return (what started, in order; how many ran beside each; what is to fail)."""
+    started, beside, failing, now = [], [], set(), []
+
+    def start_task(task, threads):
+        assert task.language not in [language for language, _ in now]
+        task.state, task.process = "running", Ended()
+        now.append((task.language, task.stage))
+        started.append((task.language, task.stage))
+        beside.append(len(now))
+
+    def end_task(task):
+        task.state = "failed" if (task.language, task.stage) in failing else "done"
+        now.remove((task.language, task.stage))
+
+    monkeypatch.setattr(headless, "_start_task", start_task)
+    monkeypatch.setattr(headless, "_end_task", end_task)
+    monkeypatch.setattr(headless.time, "sleep", lambda seconds: None)
+    return started, beside, failing
+
+
+def plan(languages):
+    tasks = {(language, stage): headless.Task(language, stage, {}) for language in languages for stage in STAGES}
+    for (language, stage), task in tasks.items():
+        before = {"02_synthetic": "01_anchor", "03_adapter": "02_synthetic", "04_confusion": "03_adapter"}.get(stage)
+        task.needs = [tasks[language, before]] if before else []
+        task.after = [other for other in tasks.values() if stage == "04_confusion" and other.stage == "03_adapter"]
+    return list(tasks.values())
+
+
+def test_languages_run_side_by_side_and_the_comparison_waits_for_every_adapter(pretended):
+    started, beside, _ = pretended
+    tasks = plan(["no", "sv", "da"])
+    headless.run_tasks(tasks, jobs=2)
+    assert max(beside) == 2 and len(started) == 18
+    for language in ("no", "sv", "da"):
+        chain = [stage for code, stage in started if code == language and stage != "05_phonemes"]
+        assert chain == sorted(chain)
+    first = min(n for n, (_, stage) in enumerate(started) if stage == "04_confusion")
+    assert sum(stage == "03_adapter" for _, stage in started[:first]) == 3
+
+
+def test_a_failure_stops_its_own_chain_only(pretended):
+    started, _, failing = pretended
+    failing.add(("no", "01_anchor"))
+    tasks = plan(["no", "da"])
+    headless.run_tasks(tasks, jobs=1)
+    states = {(task.language, task.stage): task.state for task in tasks}
+    assert [states["no", stage] for stage in STAGES] == ["done", "failed", "not run", "not run", "not run", "done"]
+    assert {states["da", stage] for stage in STAGES} == {"done"}
+
+
+def test_every_stage_of_every_shipped_language_passes_the_check():
+    tasks = headless.plan_tasks(["no", "sv", "da", "de", "fr", "es", "nl", "it", "pl"], STAGES, "mini")
+    assert len(tasks) == 54
+    chains = {task.stage: [need.stage for need in task.needs] for task in tasks if task.language == "no"}
+    assert chains["02_synthetic"] == ["01_anchor"] and chains["04_confusion"] == ["03_adapter"]
+
+
+def test_recordings_are_named_from_where_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = headless.parse_arguments(["--audio", "clips", "--set", "seed=1", "codebooks=[1]", "corpus="])
+    assert options.set == {"seed": 1, "codebooks": [1], "corpus": "", "audio": str(tmp_path / "clips")}
+
+
+def test_a_skipped_adapter_is_put_where_the_next_stages_look_for_it(tmp_path):
+    made = tmp_path / "run" / "adapter"
+    made.mkdir(parents=True)
+    (made / "adapter_config.json").write_text("mine")
+    task = headless.Task("da", "03_adapter", {"adapters_dir": str(tmp_path / "models")}, folder=tmp_path / "run")
+    assert "copied" in headless._restore_adapter(task)
+    assert (tmp_path / "models" / "lora_da" / "adapter_config.json").read_text() == "mine"
+    assert headless._restore_adapter(task) == ""
+
+
+def test_bad_profile_is_an_error_that_names_the_others():
+    with pytest.raises(ParameterError, match="mini.yaml"):
+        headless.plan_tasks(["da"], ["01_anchor"], "no-such-profile")
