@@ -36,7 +36,7 @@ help:
 	@echo "make lab     open the notebooks in JupyterLab; LAB='--no-browser ...' for its options"
 	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
 	@echo "make lock    resolve pyproject.toml anew into requirements.lock"
-	@echo "make clean   remove runs/ and caches; models, adapters and .venv stay"
+	@echo "make clean   remove caches; .venv and everything that runs made stay"
 
 run: $(STAMP)
 	@$(PY) -m csm_nb.run --langs $(LANGS) --profile $(PROFILE) $(if $(STAGES),--stages $(STAGES)) \
@@ -67,4 +67,4 @@ lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-annotate --no-header -o requirements.lock
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache csm_nb/__pycache__ tests/__pycache__ *.egg-info
+	rm -rf .pytest_cache .ruff_cache csm_nb/__pycache__ tests/__pycache__ *.egg-info

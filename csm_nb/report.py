@@ -49,15 +49,16 @@ a { color: inherit; } .verdict { font-weight: 650; }
 dl { display: grid; grid-template-columns: auto auto; gap: 0 .6rem; margin: .35rem 0 0;
      font-size: .8rem; width: fit-content; }
 dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
+.stages { table-layout: fixed; min-width: 76rem; overflow-wrap: anywhere; } .stages th:first-child { width: 7rem; }
 .runs td { padding: .25rem .65rem; } td { font-variant-numeric: tabular-nums; }
 </style></head><body>
 <h1>Runs</h1>
-<p>Runs on <code>models/csm-mini</code> (the mini profile) are of a miniature model on synthetic speech: they show that
-the workbook works, and say nothing about the language or about CSM-1B.</p>
+<p>Runs on <code>models/csm-mini</code> (the mini profile) are of a miniature model that was trained on synthetic
+speech only: they show that the workbook works, and say nothing about the language or about CSM-1B.</p>
 <p class="soft">Each verdict opens the executed notebook, with its figures and sound. Written {{ now }}.</p>
 {% macro cell(run) %}<a class="verdict {{ run.tone }}" href="{{ run.link | urlencode }}">{{ run.verdict }}</a>
 <small>{% if run.seconds is not none %}{{ run.seconds }} s{% endif %}</small>{% endmacro %}
-<div class="scroll"><table><tr><th></th>{% for stage in stages %}<th>{{ stage }}</th>{% endfor %}</tr>
+<div class="scroll"><table class="stages"><tr><th></th>{% for stage in stages %}<th>{{ stage }}</th>{% endfor %}</tr>
 {% for language, name in languages %}<tr><th>{{ name }}<br><small>{{ language }}</small></th>
 {% for stage in stages %}<td>{% if (language, stage) in table %}{% set run = table[language, stage] %}{{ cell(run) }}
 <br><small>{{ run.model }}</small>
