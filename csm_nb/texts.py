@@ -63,7 +63,8 @@ def _sentences_by_template(language: str, split: str) -> list[list[str]]:
             start = 1 if text[0] in "¿¡" else 0
             text = text[:start] + text[start].upper() + text[start + 1 :]
             key = normalise_sentence(text)
-            fits = MIN_WORDS <= len(text.split()) <= MAX_WORDS and MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS
+            count = sum(part[-1].isalpha() or part[0].isalpha() for part in text.split())
+            fits = MIN_WORDS <= count <= MAX_WORDS and MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS
             if fits and key not in seen:
                 seen.add(key)
                 if split_of(text) == split:
