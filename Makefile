@@ -59,7 +59,7 @@ $(STAMP): requirements.lock pyproject.toml
 	  echo "  make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; \
 	  echo "or use conda: conda env create -f environment.yml && conda activate csm-nb"; exit 1; }
 	$(BUILD)
-	@$(INSTALL) --no-deps -r requirements.lock
+	@$(INSTALL) --compile-bytecode --no-deps -r requirements.lock
 	@$(INSTALL) --no-deps -e .
 	@touch $@
 
