@@ -79,7 +79,7 @@ LANGUAGES = {
         Language(
             "fr", "French", "fra", "fr-fr", "french", ("fra",), "fr-FR", WHISPER, ("it", "es"), (),
             (
-                "Je ne sais pas.", "Combien coûte ce livre ?", "Peux-tu m'aider maintenant ?",
+                "Je ne sais pas.", "Combien coûte ce livre ?", "Tu peux m'aider maintenant ?",
                 "Ma sœur achète une chemise.", "Elle rentre ce soir.", "Pourquoi la petite fille pleure ?",
                 "Nous n'avons pas encore mangé.", "Il parle seulement du temps.",
             ),

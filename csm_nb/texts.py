@@ -20,6 +20,7 @@ from csm_nb.languages import LANGUAGES, get_language
 SENTENCES_DIR = Path(__file__).parent / "sentences"
 MIN_WORDS, MAX_WORDS = 2, 6
 MIN_CHARACTERS, MAX_CHARACTERS = 10, 40
+SPLITS = ("train", "held_out")
 HELD_OUT = 10  # one sentence in ten
 _NOT_A_WORD = re.compile(r"[\W\d_]+")
 
@@ -50,25 +51,22 @@ def read_templates(language: str) -> tuple[str, dict[str, list[str]], list[str]]
 
 
 @functools.cache
-def _sentences_by_template(language: str, split: str) -> list[list[str]]:
+def _sentences_by_template(language: str) -> dict[str, list[list[str]]]:
     _, slots, templates = read_templates(language)
     seen = {normalise_sentence(probe) for other in LANGUAGES.values() for probe in other.probes}
-    lists = []
-    for template in templates:
+    lists = {split: [[] for _ in templates] for split in SPLITS}
+    for number, template in enumerate(templates):
         names = re.findall(r"{(\w+)}", template)
         frame = re.sub(r"{\w+}", "{}", template)
-        lists.append([])
         for words in itertools.product(*(slots[name] for name in names)):
             text = frame.format(*words)
             start = 1 if text[0] in "¿¡" else 0
             text = text[:start] + text[start].upper() + text[start + 1 :]
-            key = normalise_sentence(text)
-            count = sum(part[-1].isalpha() or part[0].isalpha() for part in text.split())
+            count = sum(any(map(str.isalpha, part)) for part in text.split())
             fits = MIN_WORDS <= count <= MAX_WORDS and MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS
-            if fits and key not in seen:
+            if fits and (key := normalise_sentence(text)) not in seen:
                 seen.add(key)
-                if split_of(text) == split:
-                    lists[-1].append(text)
+                lists[split_of(key)][number].append(text)
     return lists
 
 
@@ -79,13 +77,15 @@ def make_sentences(language: str, count: int, seed: int = 0, split: str = "train
     2 to 6 words, 10 to 40 characters, numbers as words. No probe sentence of any language is among them. Raises
     ValueError for an unknown language or split, and for a count beyond what the templates make (it says how many).
     """
-    if split not in ("train", "held_out"):
+    if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; "train" or "held_out"')
-    lists = _sentences_by_template(get_language(language).code, split)
+    lists = _sentences_by_template(get_language(language).code)[split]
     total = sum(map(len, lists))
     if not 0 <= count <= total:
-        raise ValueError(f"{count} {split} sentences of {language!r} asked for, there are {total}; ask for 0 to {total} "
-                         f"or add templates or words to {SENTENCES_DIR.name}/{language}.yaml")
+        raise ValueError(
+            f"{count} {split} sentences of {language!r} asked for, there are {total}: ask for 0 to {total}, "
+            f"or add templates or words to {SENTENCES_DIR.name}/{language}.yaml"
+        )
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(texts)) for texts in lists]
     longest = max(map(len, lists))
