@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import MimiConfig, MimiModel
 
+from csm_nb.hub import ModelError, fetch_model
+
 BATCH_SECONDS = 60  # of audio in one batch at most; a longer clip is a batch of its own
 _INSIDE_CSM = "codec_model."
 
@@ -18,8 +20,6 @@ def load_codec(model, device: str = "cpu") -> MimiModel:
     Of a CSM checkpoint only the codec's tensors are read, so that its language model takes no memory. `device` may be
     "auto". Raises hub.ModelError for a model that is not there, is neither Mimi nor CSM, or lacks codec weights.
     """
-    from csm_nb.hub import ModelError, fetch_model
-
     path = fetch_model(model)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
@@ -107,7 +107,7 @@ def decode(codec: MimiModel, codes) -> list[np.ndarray]:
 
 
 def round_trip(codec: MimiModel, wav, num_codebooks: int | None = None) -> np.ndarray:
-    """Return what is left of a clip after the codec: float32, exactly as long as `wav`, so that they can be compared."""
+    """Return what is left of a clip after the codec: float32, exactly as long as `wav`, to be compared with it."""
     return decode(codec, encode(codec, [wav], num_codebooks))[0][: len(wav)]
 
 

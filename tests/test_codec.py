@@ -112,7 +112,8 @@ def make_csm(codec):
         pad_token_id=2, eos_token_id=None, audio_token_id=2, audio_eos_token_id=3, codec_config=codec.config.to_dict(),
         depth_decoder_config={
             "num_codebooks": 8, "backbone_hidden_size": 32, "vocab_size": 67, "hidden_size": 32,
-            "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+            "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 16,
         },
     ))  # fmt: skip
 
