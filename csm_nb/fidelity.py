@@ -1,0 +1,295 @@
+"""The codec check: clips through the codec, measured beside controls, and a verdict by criteria stated before."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from csm_nb.audio import SAMPLE_RATE, read_audio
+from csm_nb.codec import decode, encode
+from csm_nb.corpora import check_clips, load_corpus, read_manifest
+from csm_nb.judge import bootstrap_interval
+from csm_nb.languages import LANGUAGES, get_language
+from csm_nb.params import resolve_path
+from csm_nb.prosody import MEASURES, ProsodyError, compare_clip, find_pitch_range, flatten_f0, track_f0
+from csm_nb.synth import HELD_OUT_VOICES, make_corpus
+from csm_nb.texts import make_sentences
+
+SHORT = 0.5  # s; shorter clips are taken only where there are not enough others
+MIN_CLIPS = 10  # measured clips below which no verdict is given
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a measure must reach for a trait of the language to be carried: `sign` is ">=" or "<="."""
+
+    trait: str
+    measure: str
+    label: str
+    sign: str
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        """Return whether a figure meets the criterion; NaN does not."""
+        return bool(value >= self.limit if self.sign == ">=" else value <= self.limit)
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.limit:g}"
+
+
+# The project's starting gates. Measured on 40 real clips each of Danish, Swedish and Norwegian: Vorbis at its lowest
+# quality stays at 12 cents and 1 % voicing errors or below, flattened F0 correlates by less than .04.
+CRITERIA = (
+    Criterion("melody", "f0_correlation", "F0 correlation", ">=", 0.95),
+    Criterion("melody", "f0_rmse_cents", "F0 error (cents)", "<=", 35),
+    Criterion("melody", "gpe_percent", "gross pitch errors (%)", "<=", 5),
+    Criterion("voicing", "vde_percent", "voicing errors (%)", "<=", 8),
+)
+LABELS = {c.measure: c.label for c in CRITERIA} | {
+    "mel_distance_db": "mel distance (dB)", "hnr_change_db": "change of HNR (dB)"
+}  # fmt: skip
+# Controls, and whether a sound check lets them pass.
+CONTROLS = {"identity": True, "Vorbis": True, "flat F0": False}
+
+
+@dataclass(frozen=True)
+class CodedClip:
+    """A clip and what came of it: `versions` maps "8 codebooks", or a control's name, to its samples.
+
+    `pitch_range` (Hz) and `median_f0` (Hz) are the speaker's, over the clips that were coded together.
+    """
+
+    row: dict
+    original: np.ndarray
+    versions: dict
+    pitch_range: tuple[float, float]
+    median_f0: float
+
+    @property
+    def title(self) -> str:
+        """What a figure calls the clip."""
+        return name_clip(self.row)
+
+
+def name_clip(row: dict) -> str:
+    """Return what tables and figures call a clip: its text, or where that is empty its file, and the speaker."""
+    name = f"“{row['text']}”" if row.get("text") else str(row["audio_path"]).rsplit("/", 1)[-1]
+    return f"{name}, speaker {row.get('speaker_id', '?')}"
+
+
+def name_condition(codebooks: int) -> str:
+    """Return what tables and figures call a number of codebooks: "1 codebook", "8 codebooks"."""
+    return f"{codebooks} codebook{'s' if codebooks > 1 else ''}"
+
+
+# Clips
+
+
+def list_languages(audio: str, language: str) -> list[str]:
+    """Return the languages there are clips of: all where speech is synthetic, a manifest's own, or just `language`."""
+    if not audio:
+        return list(LANGUAGES)
+    path = resolve_path(audio)
+    path = path / "manifest.jsonl" if (path / "manifest.jsonl").is_file() else path
+    found = {row["language"] for row in read_manifest(path)} if path.is_file() else {language}
+    return [code for code in LANGUAGES if code in found]
+
+
+def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tuple[list[dict], list[dict], str]:
+    """Return (rows, rows set aside with their "reason", what they are) for a random sample of `count` usable clips.
+
+    `audio` is a manifest or a folder; clips of half a second and more come first. Without it espeak-ng speaks held-out
+    sentences with held-out voices into `out_dir`. Clips need no text. Up to twice `count` are looked at. Raises
+    CorpusError if there is no usable clip.
+    """
+    if not audio:
+        texts = make_sentences(language, count, seed, "held_out")
+        rows = read_manifest(make_corpus(texts, language, resolve_path(out_dir) / f"clips_{language}", HELD_OUT_VOICES))
+        source = "synthetic speech by espeak-ng, no recordings: the verdict says nothing about the language"
+    else:
+        rows = load_corpus(resolve_path(audio), language)
+        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+        rows.sort(key=lambda row: (row.get("duration") or SHORT) < SHORT)
+        source = f"{audio}, {len(rows)} clips of {get_language(language).name}"
+    good, set_aside = check_clips(rows[: 2 * count], need_text=False)
+    return good[:count], set_aside, source
+
+
+def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]:
+    """Return each clip at each number of codebooks, and with `controls` unchanged, as poor Vorbis, and on one tone.
+
+    Raises AudioError for a clip that cannot be read (check_clips sets such ones aside) and ValueError for more
+    codebooks than the codec has.
+    """
+    wavs = [read_audio(row["audio_path"]) for row in rows]
+    codes = encode(codec, wavs, max(codebooks))
+    versions = [{} for _ in rows]
+    for count in sorted(codebooks):
+        for wav, out, version in zip(wavs, decode(codec, [code[:, :count] for code in codes]), versions, strict=True):
+            version[name_condition(count)] = out[: len(wav)]
+    speakers = [row.get("speaker_id", "") for row in rows]
+    voices = {
+        name: _describe_voice([wav for wav, speaker in zip(wavs, speakers, strict=True) if speaker == name])
+        for name in set(speakers)
+    }
+    coded = []
+    for row, wav, version, speaker in zip(rows, wavs, versions, speakers, strict=True):
+        pitch_range, median = voices[speaker]
+        if controls:
+            version |= {"identity": wav, "Vorbis": _pass_vorbis(wav), "flat F0": _flatten(wav, pitch_range)}
+        coded.append(CodedClip(row, wav, version, pitch_range, median))
+    return coded
+
+
+def _describe_voice(wavs):
+    """(F0 range, median F0) of one speaker's clips in Hz; the median is NaN where nothing is voiced."""
+    pitch_range = find_pitch_range(wavs)
+    f0 = [np.nan]
+    for wav in wavs:
+        try:
+            f0.extend(track_f0(wav, pitch_range=pitch_range).f0)
+        except ProsodyError:
+            continue
+    return pitch_range, float(np.nanmedian(f0)) if np.isfinite(f0).any() else float("nan")
+
+
+def _pass_vorbis(wav):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wav, SAMPLE_RATE, format="OGG", subtype="VORBIS", compression_level=1.0)
+    buffer.seek(0)
+    return soundfile.read(buffer, dtype="float32")[0]
+
+
+def _flatten(wav, pitch_range):
+    try:
+        return flatten_f0(wav, pitch_range=pitch_range)
+    except ProsodyError:
+        return wav  # too short to be measured at all; compare_clip says so
+
+
+def list_sounds(clip: CodedClip, codebooks) -> list[tuple[str, np.ndarray]]:
+    """Return [(label, wav), ...] of a clip to look at or play: the original, then each number of codebooks."""
+    conditions = [name_condition(count) for count in sorted(codebooks)]
+    return [("original", clip.original), *((name, clip.versions[name]) for name in conditions)]
+
+
+# Measures
+
+
+def measure_clips(clips) -> pd.DataFrame:
+    """Return one row a coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN."""
+    return pd.DataFrame([
+        {"clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition}
+        | compare_clip(clip.original, version, pitch_range=clip.pitch_range)
+        for clip in clips for condition, version in clip.versions.items()
+    ])  # fmt: skip
+
+
+def list_unmeasured(measures: pd.DataFrame) -> pd.DataFrame:
+    """Return which clips count in no figure, or not in all: clip, the conditions it is so in, and the reason."""
+    part = measures[measures.reason != ""]
+    grouped = part.groupby(["clip", "reason"], sort=False).condition.agg(", ".join).reset_index()
+    return grouped[["clip", "condition", "reason"]]
+
+
+def summarise(measures: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a condition and measure: median over clips, its 95 % bootstrap interval, number of clips."""
+    rows = []
+    for condition, part in measures.groupby("condition", sort=False):
+        for measure in MEASURES:
+            values = part[measure].to_numpy(float)
+            values = values[np.isfinite(values)]
+            low, high = bootstrap_interval(values, np.median)
+            median = float(np.median(values)) if len(values) else np.nan
+            rows.append((condition, measure, median, low, high, len(values)))
+    return pd.DataFrame(rows, columns=["condition", "measure", "median", "low", "high", "clips"])
+
+
+def tabulate(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return a summary as one reads it: a row a condition, a column a measure, "median (low to high)"."""
+    text = [format_figure(row.median, row.low, row.high) for row in summary[["median", "low", "high"]].itertuples()]
+    wide = summary.assign(text=text).pivot(index="condition", columns="measure", values="text")
+    wide = wide.loc[summary.condition.unique(), list(MEASURES)].rename(columns=LABELS)
+    return wide.assign(clips=summary.groupby("condition").clips.max())
+
+
+def format_figure(median: float, low: float, high: float) -> str:
+    """Return "0.95 (0.93 to 0.97)", to three digits; "not measured" for NaN."""
+    if not np.isfinite(median):
+        return "not measured"
+    digits = 2 if max(abs(median), abs(high)) < 2 else 1
+    if not np.isfinite(low):
+        return f"{median:.{digits}f}"
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+# Verdict
+
+
+def check_controls(summary: pd.DataFrame, criteria=CRITERIA) -> pd.DataFrame:
+    """Return, for each control, whether it should pass the criteria, whether its medians do, and so whether it behaves.
+
+    A check that fails an unchanged clip or passes a flattened melody measures something else: then there is no verdict.
+    """
+    rows = []
+    for name, expected in CONTROLS.items():
+        part = summary[summary.condition == name].set_index("measure")["median"]
+        broken = [c.label for c in criteria if not c.holds(part.get(c.measure, np.nan))]
+        rows.append({
+            "control": name, "should pass": expected, "passes": not broken, "fails on": ", ".join(broken),
+            "behaves": expected != bool(broken),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def judge_codec(summary, codebooks: int, traits=(), criteria=CRITERIA, min_clips: int = MIN_CLIPS):
+    """Return (table, verdict) for a number of codebooks: a row a criterion; "go", "stop" or "unclear" for the codec.
+
+    A row is go when the whole interval meets the criterion, stop when none of it does, else unclear; unclear as well
+    with fewer than `min_clips` measured clips. Pitch accent, among `traits` of the language, rests on the melody's
+    criteria; stød is listed as not measured yet. The codec is go when every row is, stop when one is, and unclear if a
+    control misbehaves, whatever the rows say.
+    """
+    part = summary[summary.condition == name_condition(codebooks)].set_index("measure")
+    rows = []
+    for criterion in criteria:
+        median, low, high, clips = part.loc[criterion.measure, ["median", "low", "high", "clips"]]
+        holds = [criterion.holds(edge) for edge in (low, high)]
+        verdict = "go" if all(holds) else "unclear" if any(holds) else "stop"
+        if clips < min_clips:
+            verdict = f"unclear: {int(clips)} of {min_clips} clips"
+        trait = "pitch accent" if criterion.trait == "melody" and "pitch_accent" in traits else criterion.trait
+        rows.append((trait, criterion.label, str(criterion), median, low, high, int(clips), verdict))
+    if "stod" in traits:
+        rows.append(("stød", "stød retention", ">= 0.7", np.nan, np.nan, np.nan, 0, "unclear: not measured yet"))
+    columns = ["trait", "measure", "criterion", "median", "low", "high", "clips", "verdict"]
+    table = pd.DataFrame(rows, columns=columns)
+    if not check_controls(summary, criteria).behaves.all():
+        return table, "unclear"
+    verdicts = set(table.verdict)
+    return table, "stop" if "stop" in verdicts else "go" if verdicts == {"go"} else "unclear"
+
+
+def describe_verdict(table, verdict: str, controls, language: str, codebooks: int, source: str) -> str:
+    """Return the verdict in words: for which language, codec setting and clips, and what decided it."""
+    if not controls.behaves.all():
+        why = f"these controls misbehave: {', '.join(controls[~controls.behaves].control)}"
+    else:
+        decisive = table if verdict == "go" else table[table.verdict.str.startswith(verdict)]
+        why = "; ".join(
+            f"{row.trait}: {row.measure} {format_figure(row.median, row.low, row.high)}, wanted {row.criterion}"
+            + (f" ({row.verdict.split(': ')[1]})" if ": " in row.verdict else "")
+            for row in decisive.itertuples()
+        )
+    return f"{get_language(language).name} through {name_condition(codebooks)}: {verdict}. {why}. On {source}."
+
+
+def list_metrics(table, measures, controls, set_aside, codebooks: int) -> dict:
+    """Return what metrics.json keeps of a check: each gated median, the counts, the verdict table and the controls."""
+    medians = dict(zip(table.measure, table["median"], strict=True))
+    return {c.measure: medians[c.label] for c in CRITERIA} | {
+        "clips": measures.audio_path.nunique(), "codebooks": codebooks, "set_aside": len(set_aside),
+        "table": table.to_dict("records"), "controls": controls.to_dict("records"),
+    }  # fmt: skip
