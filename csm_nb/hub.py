@@ -1,0 +1,52 @@
+"""A model by its name: a folder below the project's root, or a hub id; or an error that says how to get it."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from csm_nb.params import ROOT, resolve_path
+
+WEIGHTS = ("*.safetensors", "*.bin")
+# Copies of the weights in other formats, which from_pretrained does not read.
+SKIPPED = ["*.pt", "*.pth", "*.onnx", "*.msgpack", "*.h5", "flax_model*", "tf_model*", "transformers/*"]
+
+
+class ModelError(ValueError):
+    """A model that is not there or not whole; the message says what was looked for and how to get it."""
+
+
+def fetch_model(name) -> Path:
+    """Return the folder of a model: `name` below the project's root (or absolute), else the hub's copy of that id.
+
+    What from_pretrained needs must be in it: config.json and weights. Raises ModelError with the command that brings
+    the model here when there is neither a folder nor a way to the hub.
+    """
+    folder = resolve_path(name)
+    if folder.is_dir():
+        return _check_folder(folder, name)
+    if str(name).startswith(("models/", "/", ".", "~")) or str(name).count("/") != 1:
+        there = ", ".join(sorted(p.name for p in (ROOT / "models").glob("*/"))) or "none"
+        raise ModelError(f"{name}: no such folder ({folder}); under models/ there are: {there}")
+    try:
+        return _check_folder(Path(snapshot_download(str(name), ignore_patterns=SKIPPED, etag_timeout=5)), name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        place = f"models/{str(name).split('/')[-1]}"
+        raise ModelError(
+            f"{name} is a hub id, and the hub gave no copy of it ({type(error).__name__}). Where there is a network run\n"
+            f"    hf download {name} --local-dir {place}\n"
+            f"(accept the model's terms on its page first if it has any), copy the folder here and name {place} in the "
+            "profile in params/ instead of the id"
+        ) from error
+
+
+def _check_folder(folder, name):
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any(os.path.getsize(path) for pattern in WEIGHTS for path in folder.glob(pattern)):
+        missing.append("weights (*.safetensors)")
+    if missing:
+        raise ModelError(f"{name}: {folder} lacks {' and '.join(missing)}; fetch or make the model again")
+    return folder
