@@ -1,0 +1,104 @@
+"""Manifest rows to codec tokens: a Parquet file that training reads, made once, going on after a kill."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from csm_nb.audio import AudioError, read_audio
+from csm_nb.codec import encode, frame_rate
+
+PART_CLIPS = 64
+_SCHEMA = pa.schema([
+    ("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("speaker_id", pa.string()),
+    ("language", pa.string()), ("duration", pa.float64()),
+])
+
+
+class TokensError(ValueError):
+    """A token file that is missing or does not fit the codec; names the file and what to do."""
+
+
+def write_tokens(rows, codec, out_path) -> dict:
+    """Encode `rows` into a Parquet file and return {"path", "clips", "set_aside"}.
+
+    Columns: text, codes (frames x codebooks, uint16), speaker_id, language, duration in seconds; frame rate, codebooks
+    and a fingerprint of codec and rows in the schema's metadata. Finished parts of 64 clips survive a kill and are not
+    encoded again; a file of the same codec and rows is left as it is. A clip that fails to read is set aside.
+    """
+    out_path, rows = Path(out_path), list(rows)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    mark = _fingerprint(rows, codec)
+    parts = out_path.with_name(f"{out_path.name}.{mark[:12]}.parts")
+    if not (out_path.is_file() and (pq.read_schema(out_path).metadata or {}).get(b"fingerprint") == mark.encode()):
+        parts.mkdir(exist_ok=True)
+        for start in range(0, len(rows), PART_CLIPS):
+            part = parts / f"{start:08d}.parquet"
+            if not part.exists():
+                _write_part(rows[start : start + PART_CLIPS], codec, part)
+        tables = [pq.read_table(part) for part in sorted(parts.glob("*.parquet"))]
+        metadata = {"frame_rate": str(frame_rate(codec)), "num_codebooks": str(codec.config.num_quantizers),
+                    "codebook_size": str(codec.config.codebook_size), "fingerprint": mark}
+        set_aside = [row for table in tables for row in json.loads(table.schema.metadata[b"set_aside"])]
+        metadata["set_aside"] = json.dumps(set_aside, ensure_ascii=False)
+        whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).replace_schema_metadata(metadata)
+        _write_table(whole, out_path)
+        shutil.rmtree(parts)
+    schema = pq.read_schema(out_path)
+    return {"path": out_path, "clips": pq.read_metadata(out_path).num_rows, "set_aside": json.loads(schema.metadata[b"set_aside"])}
+
+
+def _write_part(rows, codec, path):
+    kept, wavs, set_aside = [], [], []
+    for row in rows:
+        try:
+            wavs.append(read_audio(row["audio_path"], codec.config.sampling_rate))
+            kept.append(row)
+        except AudioError as error:
+            set_aside.append(row | {"reason": str(error)})
+    codes = encode(codec, wavs)
+    columns = {name: [row[name] for row in kept] for name in ("text", "language")}
+    columns["speaker_id"] = [str(row["speaker_id"]) for row in kept]
+    columns["codes"] = [code.tolist() for code in codes]
+    columns["duration"] = [len(wav) / codec.config.sampling_rate for wav in wavs]
+    table = pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA)
+    _write_table(table.replace_schema_metadata({"set_aside": json.dumps(set_aside, ensure_ascii=False)}), path)
+
+
+def _write_table(table, path):
+    partial = path.with_name(f".{path.name}.part")
+    pq.write_table(table, partial)
+    os.replace(partial, path)
+
+
+def _fingerprint(rows, codec):
+    digest = hashlib.sha256()
+    for name, value in codec.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    for row in rows:
+        digest.update(json.dumps([row["text"], str(row["audio_path"]), str(row["speaker_id"])]).encode())
+    return digest.hexdigest()
+
+
+def read_tokens(path, codec=None) -> list[dict]:
+    """Return the rows of a token file, codes as uint16 arrays (frames, codebooks).
+
+    With `codec`, the file must be of as many codebooks of that size at that frame rate. Raises TokensError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TokensError(f"{path}: no such token file; write_tokens makes it")
+    table = pq.read_table(path)
+    found = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if codec is not None:
+        wanted = {"frame_rate": str(frame_rate(codec)), "num_codebooks": str(codec.config.num_quantizers),
+                  "codebook_size": str(codec.config.codebook_size)}
+        wrong = {key: (found.get(key), value) for key, value in wanted.items() if found.get(key) != value}
+        if wrong:
+            raise TokensError(f"{path} was made by another codec (found, wanted): {wrong}; delete it to encode again")
+    return [row | {"codes": np.array(row["codes"], dtype=np.uint16)} for row in table.to_pylist()]
