@@ -71,9 +71,10 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
     if not text.strip():
         raise ValueError("the text to speak is empty")
     library, sample_rate, chunks = _load_espeak()
-    name = f"{get_language(language).espeak}+{voice.variant}"
-    if library.espeak_SetVoiceByName(name.encode()) != 0:
-        raise ValueError(f"espeak-ng has no voice {name!r}")
+    tag = get_language(language).espeak
+    names = [f"{tag}+{voice.variant}", f"{tag.split('-')[0]}+{voice.variant}"]  # a variant of fr-fr is only found as fr
+    if all(library.espeak_SetVoiceByName(name.encode()) for name in names):
+        raise ValueError(f"espeak-ng has no voice {names[0]!r}")
     for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.spread)):
         library.espeak_SetParameter(parameter, value, 0)
     chunks.clear()
