@@ -1,0 +1,67 @@
+"""Verdicts of 04 and 05 follow from what was heard, and from nothing else."""
+
+import numpy as np
+import pandas as pd
+
+from csm_nb.confusion import compare_inputs, find_adapters, judge_verdict, list_sentences, share_right
+
+
+def make_rows(model, heard, language="no"):
+    count = len(heard)
+    return pd.DataFrame({"model": model, "language": language, "heard": heard, "cer": np.linspace(0, 0.2, count), "ended": True})
+
+
+def test_an_adapter_heard_as_its_language_is_clear():
+    verdict, metrics = judge_verdict(make_rows("reference", ["no"] * 10), make_rows("lora_no", ["no"] * 19 + ["sv"]), "no")
+    assert verdict == "clear"
+    assert metrics["heard_right"] == 0.95
+
+
+def test_an_adapter_heard_as_a_neighbour_bleeds_into_it():
+    rows = make_rows("lora_no", ["no"] * 4 + ["sv"] * 5 + ["da"])
+    assert judge_verdict(make_rows("reference", ["no"] * 10), rows, "no")[0] == "bleeds into sv"
+
+
+def test_a_deaf_judge_makes_the_verdict_unclear_however_well_the_adapter_does():
+    verdict, metrics = judge_verdict(make_rows("reference", ["no"] * 8 + ["da"] * 2), make_rows("lora_no", ["no"] * 10), "no")
+    assert verdict.startswith("unclear") and metrics["ceiling"] == 0.8
+
+
+def test_the_base_and_other_adapters_do_not_stand_in_for_a_missing_one():
+    spoken = pd.concat([make_rows("base", ["no"] * 5), make_rows("lora_sv", ["no"] * 5)])
+    assert judge_verdict(make_rows("reference", ["no"] * 5), spoken, "no")[0] == "unclear: no adapter"
+
+
+def test_shares_carry_an_interval_around_them():
+    row = share_right(make_rows("base", ["en"] * 15 + ["no"] * 5)).iloc[0]
+    assert row["low"] < row["heard right"] == 0.25 < row["high"]
+    assert row["heard most"] == "en"
+
+
+def test_phonemes_win_only_when_the_interval_leaves_out_zero():
+    history = [{"step": 1, "eval_loss": 2.0}]
+    texts = [f"t{i}" for i in range(20)]
+    noise = np.random.default_rng(0).normal(0, 0.2, 20)
+
+    def rows(gap):
+        return pd.concat([pd.DataFrame({"text": texts, "model": name, "cer": cer})
+                          for name, cer in (("spelling", 0.5 + noise * gap[1] + gap[0]), ("phonemes", np.full(20, 0.5)))])
+
+    assert compare_inputs(rows((0.3, 0.1)), history, history)[0] == "phonemes"
+    assert compare_inputs(rows((-0.3, 0.1)), history, history)[0] == "spelling"
+    assert compare_inputs(rows((0.0, 1.0)), history, history)[0] == "no difference"
+
+
+def test_adapters_that_are_missing_are_named(tmp_path):
+    (tmp_path / "lora_no").mkdir()
+    (tmp_path / "lora_no/adapter_config.json").write_text("{}")
+    (tmp_path / "lora_sv").mkdir()
+    found, missing = find_adapters(str(tmp_path), ["no", "sv", "da"])
+    assert list(found) == ["no"] and missing == ["sv", "da"]
+
+
+def test_every_language_is_asked_its_probes_and_as_many_sentences():
+    prompts = list_sentences(["no", "da"], 5)
+    assert prompts.groupby("language").size().nunique() == 1
+    assert prompts[~prompts.probe].groupby("language").size().tolist() == [5, 5]
+    assert prompts.text.is_unique
