@@ -1,0 +1,129 @@
+"""Recipe of the miniature base model: a small CSM that reads English characters and speaks with espeak-ng's voices."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CsmConfig,
+    CsmForConditionalGeneration,
+    CsmProcessor,
+    EncodecFeatureExtractor,
+    GenerationConfig,
+    MimiModel,
+    PreTrainedTokenizerFast,
+)
+
+from csm_nb.codec import encode
+from csm_nb.csm import DEPTH_TABLE, tie_codebooks
+from csm_nb.mini_loop import fit
+from csm_nb.synth import VOICES, speak_text
+from csm_nb.texts import make_sentences
+from csm_nb.train import build_examples, collate, compute_loss
+
+SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<|unknown|>")
+# ASCII, Latin-1 and Extended-A, IPA letters, modifiers, combining marks, tone numbers, the Greek letters of the IPA.
+CHARACTERS = [chr(c) for c in (*range(0x20, 0x7F), *range(0xA1, 0x180), *range(0x250, 0x370), 0x3B2, 0x3B8, 0x3C7, 0x1D7B, 0x2C71)]
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if not message['role'] | string | int(-1) >= 0 -%}"
+    "{{- raise_exception('the role must be a speaker id such as 0') -}}"
+    "{%- endif -%}"
+    "{{- '<|begin_of_text|>[' ~ message['role'] ~ ']' -}}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}"
+    "{{- '<|end_of_text|>' -}}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'audio' -%}{{- '<|AUDIO|><|audio_eos|>' -}}{%- endif -%}"
+    "{%- endfor -%}{%- endfor -%}"
+)
+
+
+def build_processor() -> CsmProcessor:
+    """A processor with one token a character and CSM's special tokens and chat template."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2], unk_token=SPECIAL[4],
+        additional_special_tokens=[SPECIAL[3]], clean_up_tokenization_spaces=False,
+    )
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000, padding_value=0.0)
+    return CsmProcessor(extractor, fast, chat_template=CHAT_TEMPLATE)
+
+
+def build_model(codec: MimiModel, processor: CsmProcessor, hidden_size: int = 192, layers: int = 6) -> CsmForConditionalGeneration:
+    """A CsmForConditionalGeneration of about 4.5 M parameters around `codec`, freshly initialised, tables tied."""
+    codebooks, vocabulary = codec.config.num_quantizers, codec.config.codebook_size + 3
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    config = CsmConfig(
+        num_codebooks=codebooks, vocab_size=vocabulary, text_vocab_size=len(processor.tokenizer), hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=hidden_size // 4, max_position_embeddings=2048, rope_parameters=rope, codebook_pad_token_id=vocabulary - 1,
+        codebook_eos_token_id=0, bos_token_id=token_id(SPECIAL[0]), eos_token_id=None, pad_token_id=token_id(SPECIAL[2]),
+        audio_token_id=token_id(SPECIAL[2]), audio_eos_token_id=token_id(SPECIAL[3]),
+        depth_decoder_config={
+            "num_codebooks": codebooks, "backbone_hidden_size": hidden_size, "vocab_size": vocabulary, "hidden_size": 128,
+            "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "max_position_embeddings": codebooks + 1, "rope_parameters": rope,
+        },
+        codec_config=codec.config.to_dict(),
+    )
+    model = CsmForConditionalGeneration(config)
+    model.codec_model.load_state_dict(codec.state_dict())
+    model.generation_config = GenerationConfig(max_new_tokens=125, do_sample=True, temperature=0.6, top_k=30)
+    tie_codebooks(model, [DEPTH_TABLE])
+    return model
+
+
+def make_rows(codec: MimiModel, count: int, seed: int = 0, language: str = "en", split: str = "train") -> list[dict]:
+    """`count` token rows (text, codes, speaker_id) of fresh espeak-ng speech, every sentence by one of the four voices."""
+    rng = np.random.default_rng(seed)
+    texts = make_sentences(language, count, seed, split)
+    voices = [VOICES[i] for i in rng.integers(len(VOICES), size=count)]
+    rows = []
+    for start in range(0, count, 64):
+        chosen = list(zip(texts[start : start + 64], voices[start : start + 64], strict=True))
+        codes = encode(codec, [speak_text(text, language, voice) for text, voice in chosen])
+        rows += [{"text": text, "codes": code, "speaker_id": voice.speaker_id}
+                 for (text, voice), code in zip(chosen, codes, strict=True)]
+    return rows
+
+
+def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", clips: int = 8_000, batch: int = 24) -> None:
+    """Trains the base on English only and saves it with processor and codec to `out`, as a published CSM is laid out."""
+    torch.manual_seed(seed)
+    codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval()
+    processor = build_processor()
+    model = build_model(codec, processor)
+    pool = Path(work) / "rows.pt"
+    pool.parent.mkdir(parents=True, exist_ok=True)
+    if not pool.exists():
+        torch.save(make_rows(codec, clips, seed), pool)
+        print(f"{pool}: {clips} clips spoken and encoded", flush=True)
+    examples = sorted(build_examples(torch.load(pool, weights_only=False), processor), key=lambda e: len(e["codes"]))
+    model.codec_model.requires_grad_(False)
+    model.train()
+
+    def loss(rng, done):
+        start = int(rng.integers(0, len(examples) - batch))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        output = compute_loss(model, collate(examples[start : start + batch], 1 / 4, generator))
+        return output.loss, {"backbone": output.backbone_loss.item(), "depth": output.depth_decoder_loss.item()}
+
+    fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.02)
+    save_base(model.eval(), processor, out)
+
+
+def save_base(model, processor, out) -> None:
+    """Saves model, processor and chat template to `out` in half precision, with one of the two codebook tables only."""
+    model.save_pretrained(out, state_dict={})
+    state = {name: value.half().contiguous() if value.is_floating_point() else value.contiguous()
+             for name, value in model.state_dict().items() if name != DEPTH_TABLE}
+    for stale in Path(out).glob("*.safetensors*"):
+        stale.unlink()
+    save_file(state, Path(out) / "model.safetensors", metadata={"format": "pt"})
+    processor.save_pretrained(out)
