@@ -1,5 +1,6 @@
 """Recipe of the miniature base model: a small CSM that reads English characters and speaks with espeak-ng's voices."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,15 @@ from transformers import (
 
 from csm_nb.codec import encode
 from csm_nb.csm import DEPTH_TABLE, tie_codebooks
-from csm_nb.mini_loop import fit
+from csm_nb.mini_loop import describe_training, fit
+from csm_nb.provenance import read_json
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 from csm_nb.train import build_examples, collate, compute_loss
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<|unknown|>")
 # ASCII, Latin-1 and Extended-A, IPA letters, modifiers, combining marks, tone numbers, the Greek letters of the IPA.
-CHARACTERS = [chr(c) for c in (*range(0x20, 0x7F), *range(0xA1, 0x180), *range(0x250, 0x370), 0x3B2, 0x3B8, 0x3C7, 0x1D7B, 0x2C71)]
+CHARACTERS = [*map(chr, (*range(0x20, 0x7F), *range(0xA1, 0x180), *range(0x250, 0x370))), *"βθχᵻⱱ"]
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -54,7 +56,7 @@ def build_processor() -> CsmProcessor:
     return CsmProcessor(extractor, fast, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(codec: MimiModel, processor: CsmProcessor, hidden_size: int = 192, layers: int = 6) -> CsmForConditionalGeneration:
+def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int = 6) -> CsmForConditionalGeneration:
     """A CsmForConditionalGeneration of about 4.5 M parameters around `codec`, freshly initialised, tables tied."""
     codebooks, vocabulary = codec.config.num_quantizers, codec.config.codebook_size + 3
     token_id = processor.tokenizer.convert_tokens_to_ids
@@ -114,8 +116,10 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
         output = compute_loss(model, collate(examples[start : start + batch], 1 / 4, generator))
         return output.loss, {"backbone": output.backbone_loss.item(), "depth": output.depth_decoder_loss.item()}
 
-    fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.02)
+    result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.02)
     save_base(model.eval(), processor, out)
+    record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, minutes, seed)}
+    (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def save_base(model, processor, out) -> None:

@@ -1,5 +1,6 @@
 """Recipe of the miniature codec: a small MimiModel trained on espeak-ng speech, first without, then with its quantizer."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 from torchaudio.functional import melscale_fbanks
 from transformers import MimiConfig, MimiModel
 
-from csm_nb.mini_loop import fit
+from csm_nb.mini_loop import describe_training, fit
 from csm_nb.synth import Voice, speak_text
 from csm_nb.texts import make_sentences
 
@@ -30,7 +31,8 @@ def build_codec_config() -> MimiConfig:
 
 def random_voice(rng: np.random.Generator, variants=TRAINING_VARIANTS) -> Voice:
     """A voice nobody chose: any variant, pitch, spread of the melody and rate, for training and testing on variety."""
-    return Voice("x", str(rng.choice(variants)), int(rng.integers(25, 75)), int(rng.integers(35, 90)), int(rng.integers(130, 190)))
+    pitch, spread, rate = rng.integers((25, 35, 130), (75, 90, 190)).tolist()
+    return Voice("x", str(rng.choice(variants)), pitch, spread, rate)
 
 
 FLOOR = 3e-4  # about 45 dB below the peaks of speech: with a lower one, most of the loss is the silence between words
@@ -131,7 +133,7 @@ def train_codec(out, minutes: float, seed: int = 0, work="data/mini/codec", batc
         mel, harmonic = distance(decoded[:, 0], wavs[:, 0])
         return mel + harmonic, {"mel": mel.item(), "harmonic": harmonic.item()}
 
-    fit({"codec": codec}, reconstruct, minutes * 0.7, Path(work) / "autoencoder", lr=8e-4, seed=seed)
+    first = fit({"codec": codec}, reconstruct, minutes * 0.7, Path(work) / "autoencoder", lr=8e-4, seed=seed)
     quantizer = codec.quantizer
     if not (Path(work) / "quantized" / "checkpoint.pt").exists():
         fit_codebooks(codec, make_segments(np.random.default_rng((seed, 1)), sentences, 1500), seed)
@@ -151,8 +153,10 @@ def train_codec(out, minutes: float, seed: int = 0, work="data/mini/codec", batc
         mel, harmonic = distance(decoded[:, 0], wavs[:, 0])
         return mel + harmonic, {"mel": mel.item(), "harmonic": harmonic.item()}
 
-    fit({"codec": codec}, decode_codes, minutes * 0.3, Path(work) / "quantized", lr=4e-4, seed=seed + 1)
+    second = fit({"codec": codec}, decode_codes, minutes * 0.3, Path(work) / "quantized", lr=4e-4, seed=seed + 1)
     codec.save_pretrained(out)
+    whole = {key: first[key] + second[key] for key in ("steps", "seconds", "losses")}
+    (Path(out) / "training.json").write_text(json.dumps(describe_training(whole, minutes, seed), indent=2) + "\n")
     return codec
 
 
@@ -182,4 +186,4 @@ def fit_codebooks(codec: MimiModel, wavs: torch.Tensor, seed: int = 0, rounds: i
             codebook._embed = None
             residual = residual - centres[torch.cdist(residual, centres).argmin(1)]
     share = (residual.square().sum() / (points - points.mean(0)).square().sum()).item()
-    print(f"codebooks: {len(points)} frames, {share:.2%} of the latents' variance is left after {len(acoustic.layers)}", flush=True)
+    print(f"codebooks: of {len(points)} frames {share:.2%} of the latents' variance is left", flush=True)

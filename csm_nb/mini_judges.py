@@ -6,8 +6,6 @@ what the language judge hears is text of one language read by the voice of anoth
 """
 
 import json
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,9 @@ from transformers import (
 )
 
 from csm_nb.audio import SAMPLE_RATE as SPEECH_RATE
+from csm_nb.codec import round_trip
 from csm_nb.judge import normalise_text
-from csm_nb.mini_loop import fit
+from csm_nb.mini_loop import describe_training, fit
 from csm_nb.params import ROOT
 from csm_nb.synth import Voice, speak_text
 from csm_nb.texts import make_sentences
@@ -39,6 +38,7 @@ EXTRACTOR = SeamlessM4TFeatureExtractor(stride=3)  # 10 ms mel frames, three sta
 SENTENCES = 3000  # training sentences drawn of each language
 FLAT_START = 0.08  # share of the training time with single words and, in its first half, evenly laid letters
 LID_LAYERS = 2  # of the recogniser, that the language judge begins with
+ROUND_TRIPS = 0.3  # share of clips that go through the codec
 READ_BY_OTHERS = 0.25  # share of language-judge clips in which the text and the voice are of two languages
 
 
@@ -76,6 +76,11 @@ def degrade(wav, rng, silence: float = 0.3, rate_in: int = SPEECH_RATE, rate_out
         noise = scipy.signal.lfilter([1], [1, -colour], rng.standard_normal(len(out), dtype=np.float32))
         out = out + noise * (level / noise.std() * 10 ** (-rng.uniform(12, 50) / 20))
     return (out * (rng.uniform(0.02, 0.15) / level)).astype(np.float32)
+
+
+def pass_codec(codec, wav, rng):
+    """`wav`, or in ROUND_TRIPS of the cases what `codec` makes of it; without a codec always `wav`."""
+    return round_trip(codec, wav) if codec is not None and rng.random() < ROUND_TRIPS else wav
 
 
 def extract_features(wav):
@@ -159,7 +164,7 @@ def encoder_config(hidden: int, layers: int, **more) -> Wav2Vec2BertConfig:
     )
 
 
-def make_asr_batches(sentences, tokenizer, rng, done: float, steps_in_batch: int, round_trip=None, clips: int = 96):
+def make_asr_batches(sentences, tokenizer, rng, done: float, steps_in_batch: int, codec=None, clips: int = 96):
     """`clips` new clips in ten languages as batches (features, mask, labels, languages), each of like lengths.
 
     Single words first, then ever longer pieces, whole sentences after a third of the time.
@@ -171,7 +176,7 @@ def make_asr_batches(sentences, tokenizer, rng, done: float, steps_in_batch: int
         code = CODES[language]
         text = draw_text(sentences[code], 1 if flat else int(rng.integers(6, longest)), rng)
         wav = speak_text(text, code, draw_voice(rng))
-        wav = degrade(round_trip(wav, rng) if round_trip else wav, rng, silence=0.0 if flat else 0.3)
+        wav = degrade(pass_codec(codec, wav, rng), rng, silence=0.0 if flat else 0.3)
         ids = torch.tensor(tokenizer(normalise_text(text)).input_ids)
         rows.append((mask_features(extract_features(wav), rng), ids, language))
     rows.sort(key=lambda row: len(row[0]))
@@ -205,10 +210,10 @@ def flat_start_loss(logits, mask, labels):
 
 
 def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/asr", hidden: int = 192, layers: int = 5,
-              lr: float = 1.5e-3, round_trip=None, steps_in_batch: int = 600) -> Path:
+              lr: float = 1.5e-3, codec=None, steps_in_batch: int = 600) -> Path:
     """Trains the character recogniser for `minutes` and saves it in `out`; a killed run goes on from what is in `work`.
 
-    `round_trip(wav, rng) -> wav` (24 kHz, same length) may send clips through a codec first. A linear reader of the
+    Three clips in ten go through `codec`, if there is one, as what is judged later does. A linear reader of the
     language on the second layer trains along at no cost: the layers below it are what `train_lid` begins with.
     """
     torch.manual_seed(seed)
@@ -224,7 +229,7 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/as
 
     def compute_loss(rng, done):
         if not queue:
-            queue.extend(make_asr_batches(sentences, tokenizer, rng, done, steps_in_batch, round_trip))
+            queue.extend(make_asr_batches(sentences, tokenizer, rng, done, steps_in_batch, codec))
         features, mask, labels, languages = queue.pop()
         output = model(input_features=features, attention_mask=mask, labels=labels, output_hidden_states=True)
         loss, share = output.loss, min(1.0, 2 - 2 * done / FLAT_START)
@@ -241,13 +246,13 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/as
 
     modules = {"model": model, "reader": reader}
     result = fit(modules, compute_loss, minutes, work, lr, seed=seed, betas=(0.9, 0.98), weight_decay=0.01)
-    return save_judge(model, Wav2Vec2BertProcessor(EXTRACTOR, tokenizer), out, result, minutes, seed)
+    return save_judge(model, Wav2Vec2BertProcessor(EXTRACTOR, tokenizer), out, result, minutes, seed, codec)
 
 
 # ---- language identification ---------------------------------------------------------------------------------------
 
 
-def make_lid_batch(sentences, rng, clips: int = 16, round_trip=None):
+def make_lid_batch(sentences, rng, clips: int = 16, codec=None):
     """Clips of 1 to 4 s cut anywhere: (features, mask, labels), where the label is the language of the voice.
 
     The length is drawn before the language, so it says nothing; a quarter of the texts are of another language.
@@ -263,16 +268,16 @@ def make_lid_batch(sentences, rng, clips: int = 16, round_trip=None):
         if excess > 0:
             start = int(rng.integers(excess)) if rng.random() < 0.5 else 0
             wav = wav[start : start + int(seconds * SPEECH_RATE)]
-        wav = degrade(round_trip(wav, rng) if round_trip else wav, rng)
+        wav = degrade(pass_codec(codec, wav, rng), rng)
         rows.append(mask_features(extract_features(wav), rng))
         labels.append(label)
     return *pad_features(rows), torch.tensor(labels)
 
 
 def train_lid(out, minutes: float = 8, seed: int = 0, work=ROOT / "data/mini/lid", hidden: int = 192,
-              layers: int = LID_LAYERS, lr: float = 1e-3, round_trip=None, clips_in_batch: int = 16,
+              layers: int = LID_LAYERS, lr: float = 1e-3, codec=None, clips_in_batch: int = 16,
               start: str | None = "asr-mini") -> Path:
-    """Trains the language judge for `minutes` and saves it in `out`; `work` and `round_trip` as in `train_asr`.
+    """Trains the language judge for `minutes` and saves it in `out`; `work` and `codec` as in `train_asr`.
 
     It begins as the lower layers of the recogniser in the folder `start` beside `out`, which already tell sounds apart
     (None: from nothing, which takes several times as long).
@@ -290,26 +295,19 @@ def train_lid(out, minutes: float = 8, seed: int = 0, work=ROOT / "data/mini/lid
     sentences = load_sentences(seed)
 
     def compute_loss(rng, done):
-        features, mask, labels = make_lid_batch(sentences, rng, clips_in_batch, round_trip)
+        features, mask, labels = make_lid_batch(sentences, rng, clips_in_batch, codec)
         logits = model(input_features=features, attention_mask=mask).logits
         loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
         return loss, {"loss": float(loss.detach()), "right": float((logits.argmax(1) == labels).float().mean())}
 
     result = fit({"model": model}, compute_loss, minutes, work, lr, seed=seed, betas=(0.9, 0.98), weight_decay=0.01)
-    return save_judge(model, EXTRACTOR, out, result, minutes, seed)
+    return save_judge(model, EXTRACTOR, out, result, minutes, seed, codec)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
 
 
-def describe_processor() -> str:
-    """The CPU's name, for a model card."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"one core of {names[0]}" if names else "one CPU core"
-
-
-def save_judge(model, processor, out, result: dict, minutes: float, seed: int) -> Path:
+def save_judge(model, processor, out, result: dict, minutes: float, seed: int, codec) -> Path:
     """Writes a folder for `from_pretrained` and `pipeline`: weights stored in half precision, loaded in full."""
     out = Path(out)
     model.eval().half().save_pretrained(out)
@@ -317,20 +315,6 @@ def save_judge(model, processor, out, result: dict, minutes: float, seed: int) -
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    training = {"minutes": minutes, "seed": seed, "steps": result["steps"], "seconds": result["seconds"],
-                "last": result["losses"][-1:], "processor": describe_processor()}
-    (out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    record = describe_training(result, minutes, seed) | {"round_trips": ROUND_TRIPS if codec else 0.0}
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     return out
-
-
-def main(what: str = "", minutes: str = "", seed: str = "0") -> None:
-    """python -m csm_nb.mini_judges asr|lid MINUTES [SEED]: trains one judge into models/ on one core."""
-    if what not in ("asr", "lid") or not minutes:
-        raise SystemExit(main.__doc__)
-    torch.set_num_threads(1)
-    train = train_asr if what == "asr" else train_lid
-    print(train(ROOT / f"models/{what}-mini", minutes=float(minutes), seed=int(seed)))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

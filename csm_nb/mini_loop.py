@@ -2,6 +2,8 @@
 
 import math
 import os
+import platform
+import re
 import time
 from pathlib import Path
 
@@ -21,16 +23,16 @@ def fit(modules, compute_loss, minutes: float, work, lr: float, seed: int = 0, b
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
-    step, seconds = 0, 0.0
+    step, seconds, losses = 0, 0.0, []
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu")
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, losses = state["step"], state["seconds"], state.get("losses", [])
         print(f"{work}: goes on from step {step}, {seconds / 60:.1f} of {minutes:g} minutes used", flush=True)
-    losses, window, saved, last = [], [], time.monotonic(), time.monotonic()
+    window, saved, last = [], time.monotonic(), time.monotonic()
     while seconds < 60 * minutes:
         done = seconds / (60 * minutes)
         rate = lr * min(1.0, done / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
@@ -54,17 +56,26 @@ def fit(modules, compute_loss, minutes: float, work, lr: float, seed: int = 0, b
             print(f"{work.name} step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in mean.items())
                   + f"  norm {norm:.2f}  {step / seconds:.2f} steps/s  {max(0, minutes - seconds / 60):.1f} min left", flush=True)
         if now - saved > save_every_seconds:
-            save_checkpoint(checkpoint, modules, optimizer, step, seconds)
+            save_checkpoint(checkpoint, modules, optimizer, step, seconds, losses)
             saved = now
-    save_checkpoint(checkpoint, modules, optimizer, step, seconds)
+    save_checkpoint(checkpoint, modules, optimizer, step, seconds, losses)
     return {"steps": step, "seconds": round(seconds), "losses": losses}
 
 
-def save_checkpoint(path, modules, optimizer, step: int, seconds: float) -> None:
+def describe_training(result: dict, minutes: float, seed: int) -> dict:
+    """What a model card says of a training: minutes, seed, steps, seconds, last figures of the log, and the processor."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    processor = f"{torch.get_num_threads()} threads of {names[0] if names else platform.processor() or 'a CPU'}"
+    return {"minutes": minutes, "seed": seed, "steps": result["steps"], "seconds": result["seconds"],
+            "last": result["losses"][-1:], "processor": processor}
+
+
+def save_checkpoint(path, modules, optimizer, step: int, seconds: float, losses: list) -> None:
     """Writes the whole training state beside `path` and moves it into place, so that a kill leaves the old or the new one."""
     state = {
         "modules": {name: module.state_dict() for name, module in modules.items()},
-        "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
+        "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "losses": losses,
     }
     partial = Path(path).with_suffix(".partial")
     torch.save(state, partial)
