@@ -1,6 +1,7 @@
 """A model by its name: a folder below the project's root, or a hub id; or an error that says how to get it."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -41,6 +42,18 @@ def fetch_model(name) -> Path:
             f"(accept the model's terms on its page first if it has any), copy the folder here and name {place} in the "
             "profile in params/ instead of the id"
         ) from error
+
+
+def describe_model(name) -> str:
+    """Return the name of a model and the first paragraph of its card, for the first lines of a report.
+
+    What a reader has to know of a model before any figure (a miniature, synthetic speech, not for commercial use)
+    stands in its card. A model without a card is named as such.
+    """
+    card = fetch_model(name) / "README.md"
+    text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), flags=re.S) if card.is_file() else ""
+    prose = [part for part in text.split("\n\n") if part.strip() and not part.lstrip().startswith(("#", "<", "!", "|"))]
+    return f"{name}: {' '.join(prose[0].split()) if prose else 'has no model card'}"
 
 
 def _check_folder(folder, name):
