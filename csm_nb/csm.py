@@ -165,7 +165,8 @@ def encode_text(processor, text: str, speaker_id: str) -> list[int]:
     return processor.tokenizer(prompt, add_special_tokens=False).input_ids
 
 
-def start_adapter(model, folder, rank: int, alpha: int, dropout: float, mlp: bool = False, text_embeddings: bool = False) -> PeftModel:
+def start_adapter(model, folder, rank: int, alpha: int, dropout: float, mlp: bool = False,
+                  text_embeddings: bool = False) -> PeftModel:
     """The adapter in `folder` to train on, or a fresh one when `folder` is None."""
     if folder is None:
         return add_adapter(model, rank, alpha, dropout, mlp, text_embeddings)

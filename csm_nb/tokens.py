@@ -49,8 +49,8 @@ def write_tokens(rows, codec, out_path) -> dict:
         whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).replace_schema_metadata(metadata)
         _write_table(whole, out_path)
         shutil.rmtree(parts)
-    schema = pq.read_schema(out_path)
-    return {"path": out_path, "clips": pq.read_metadata(out_path).num_rows, "set_aside": json.loads(schema.metadata[b"set_aside"])}
+    clips, set_aside = pq.read_metadata(out_path).num_rows, pq.read_schema(out_path).metadata[b"set_aside"]
+    return {"path": out_path, "clips": clips, "set_aside": json.loads(set_aside)}
 
 
 def _write_part(rows, codec, path):

@@ -99,7 +99,8 @@ class CsmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = compute_loss(model, inputs)
         if not torch.isfinite(output.loss):
-            raise TrainingError(f"the loss is {output.loss.item()} at step {self.state.global_step}; lower lr or look at the clips")
+            step = self.state.global_step
+            raise TrainingError(f"the loss is {output.loss.item()} at step {step}; lower lr or look at the clips")
         return (output.loss, output) if return_outputs else output.loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

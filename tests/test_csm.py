@@ -57,7 +57,8 @@ def test_a_checkpoint_without_codebook_tables_is_refused():
 
 def test_two_different_codebook_tables_are_refused():
     model, _ = load_base("models/csm-mini", "cpu")
-    model.depth_decoder.model.embed_tokens.weight = torch.nn.Parameter(torch.zeros_like(model.depth_decoder.model.embed_tokens.weight))
+    depth = model.depth_decoder.model.embed_tokens
+    depth.weight = torch.nn.Parameter(torch.zeros_like(depth.weight))
     with pytest.raises(ValueError, match="different"):
         tie_codebooks(model)
 
