@@ -49,6 +49,7 @@ def _load_espeak() -> tuple[ctypes.CDLL, int, list]:
     sample_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
     if sample_rate <= 0:
         raise RuntimeError(f"espeak-ng did not start with the data in {espeakng_loader.get_data_path()}; run make setup")
+    library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # breathy voices draw noise
     chunks: list[np.ndarray] = []
 
     @_CALLBACK
@@ -65,7 +66,8 @@ def _load_espeak() -> tuple[ctypes.CDLL, int, list]:
 def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray:
     """Speech of `text` by espeak-ng: float32 mono at 24 kHz, levelled, silence at the ends cut to 60 ms.
 
-    About a thousand times faster than real time. Deterministic: the same text and voice give the same samples.
+    About a thousand times faster than real time. The same sequence of calls from the start of a process gives the same
+    samples; a clip repeated within it differs a little, because espeak-ng's pitch flutter goes on from clip to clip.
     Raises ValueError for an empty text, an unknown language or a variant that espeak-ng does not have.
     """
     if not text.strip():
@@ -73,7 +75,8 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
     library, sample_rate, chunks = _load_espeak()
     tag = get_language(language).espeak
     names = [f"{tag}+{voice.variant}", f"{tag.split('-')[0]}+{voice.variant}"]  # a variant of fr-fr is only found as fr
-    if all(library.espeak_SetVoiceByName(name.encode()) for name in names):
+    variants = Path(espeakng_loader.get_data_path()) / "voices/!v"  # espeak-ng takes an unknown one for none at all
+    if not (variants / voice.variant).is_file() or all(library.espeak_SetVoiceByName(name.encode()) for name in names):
         raise ValueError(f"espeak-ng has no voice {names[0]!r}")
     for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.spread)):
         library.espeak_SetParameter(parameter, value, 0)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from csm_nb.csm import add_adapter, load_base
+from csm_nb.texts import make_sentences
 from csm_nb.train import (
     TrainingError,
     build_examples,
@@ -122,7 +123,8 @@ def test_no_clips_is_an_error_that_says_so(base):
 
 
 def test_no_sentence_is_both_trained_on_and_held_out():
-    rows = [{"text": f"Setning nummer {i % 60}."} for i in range(200)]
+    sentences = make_sentences("no", 90, split="train") + make_sentences("no", 10, split="held_out")
+    rows = [{"text": sentences[i % 100]} for i in range(200)]
     train, held_out = split_rows(rows)
     assert len(train) + len(held_out) == 200
     assert not {r["text"] for r in train} & {r["text"] for r in held_out}
