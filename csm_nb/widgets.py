@@ -34,6 +34,7 @@ def pick_clip(codec, recordings: str, language: str, codebooks, count: int, seed
     def list_clips(_change=None):
         rows = find(languages.value)
         clips.options = [(f"{i + 1}: {fidelity.name_clip(row)}", (languages.value, i)) for i, row in enumerate(rows)]
+        clips.index = 0  # a list that was empty selects nothing by itself
 
     @shown.capture(clear_output=True, wait=True)
     def show(_change=None):
