@@ -161,7 +161,8 @@ def draw_clip(clip, condition: str):
     style_axes(axes.values())
     draw_f0_pair(clip, condition, axes["f0"])
     set_labels(axes["f0"], "melody", "", "F0 (semitones about\nthe speaker's median)")
-    axes["f0"].legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    if axes["f0"].has_data():
+        axes["f0"].legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     levels = {"original": compute_spectrogram(clip.original), "decoded": compute_spectrogram(clip.versions[condition])}
     loudest = max(level.max() for level in levels.values())
     for name, level in levels.items():
