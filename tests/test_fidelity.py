@@ -69,9 +69,9 @@ def test_medians_and_intervals_are_over_clips_and_leave_out_what_was_not_measure
 
 
 @pytest.fixture(scope="module")
-def coded():
+def coded(tmp_path_factory):
     """Two spoken clips through the miniature codec, with controls."""
-    rows, _, _ = fidelity.find_clips("", "no", 2, 0, ".pytest_cache/fidelity")
+    rows, _, _ = fidelity.find_clips("", "no", 2, 0, tmp_path_factory.mktemp("clips"))
     return fidelity.code_clips(rows, load_codec("models/csm-mini"), [1, 8])
 
 
