@@ -162,7 +162,7 @@ def draw_clip(clip, condition: str):
     draw_f0_pair(clip, condition, axes["f0"])
     set_labels(axes["f0"], "melody", "", "F0 (semitones about\nthe speaker's median)")
     if axes["f0"].has_data():
-        axes["f0"].legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+        figure.legend(*axes["f0"].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     levels = {"original": compute_spectrogram(clip.original), "decoded": compute_spectrogram(clip.versions[condition])}
     loudest = max(level.max() for level in levels.values())
     for name, level in levels.items():
