@@ -95,7 +95,8 @@ def make_rows(codec: MimiModel, count: int, seed: int = 0, language: str = "en",
     return rows
 
 
-def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", clips: int = 14_000, batch: int = 16) -> None:
+def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", clips: int = 14_000,
+               batch: int = 16) -> None:
     """Trains the base on English only and saves it with processor and codec to `out`, as a published CSM is laid out."""
     torch.manual_seed(seed)
     codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval()

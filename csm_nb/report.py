@@ -1,11 +1,13 @@
 """Pages for reviewers: each executed notebook as one HTML file, and an index of the runs by language and stage."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
+from csm_nb.hub import ModelError, describe_model
 from csm_nb.languages import get_language
-from csm_nb.params import STAGES, is_alive
+from csm_nb.params import STAGES, is_alive, resolve_path
 from csm_nb.provenance import read_json
 
 # nbconvert's own page without what it loads from the network (RequireJS, MathJax, Mermaid, the widget manager); a
@@ -53,9 +55,8 @@ dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
 .runs td { padding: .25rem .65rem; } td { font-variant-numeric: tabular-nums; }
 </style></head><body>
 <h1>Runs</h1>
-<p>Runs on <code>models/csm-mini</code> (the mini profile) are of a miniature model that was trained on synthetic
-speech only: they show that the workbook works, and say nothing about the language or about CSM-1B.</p>
-<p class="soft">Each verdict opens the executed notebook, with its figures and sound. Written {{ now }}.</p>
+{% for model in models %}<p>{{ model }}</p>
+{% endfor %}<p class="soft">Each verdict opens the executed notebook, with its figures and sound. Written {{ now }}.</p>
 {% macro cell(run) %}<a class="verdict {{ run.tone }}" href="{{ run.link | urlencode }}">{{ run.verdict }}</a>
 <small>{% if run.seconds is not none %}{{ run.seconds }} s{% endif %}</small>{% endmacro %}
 <div class="scroll"><table class="stages"><tr><th></th>{% for stage in stages %}<th>{{ stage }}</th>{% endfor %}</tr>
@@ -112,8 +113,8 @@ def build_index(runs_dir, current=()) -> Path:
     languages = [(code, _name_language(code)) for code in sorted({language for language, _ in table})]
     page = Environment(autoescape=True).from_string(_INDEX)
     return _write(runs_dir / "index.html", page.render(
-        stages=STAGES, languages=languages, table=table, older=sorted(older, key=lambda run: -run["started"]),
-        now=time.strftime("%Y-%m-%d %H:%M"),
+        stages=STAGES, languages=languages, table=table, models=_describe_models({run["model"] for run in runs}),
+        older=sorted(older, key=lambda run: -run["started"]), now=time.strftime("%Y-%m-%d %H:%M"),
     ))  # fmt: skip
 
 
@@ -144,6 +145,15 @@ def _describe_run(folder, runs_dir):
         "error": "" if done else record.get("error", ""),
         "metrics": [(key, f"{value:.3g}" if type(value) is float else value) for key, value in numbers.items()][:5],
     }
+
+
+def _describe_models(names):
+    """What the cards of the models say that lie here as folders; the index fetches nothing."""
+    lines = []
+    for name in sorted(name for name in names if name and resolve_path(name).is_dir()):
+        with contextlib.suppress(ModelError):
+            lines.append(describe_model(name))
+    return lines
 
 
 def _name_language(code):

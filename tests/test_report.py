@@ -1,10 +1,12 @@
 """Pages stand alone, and the index shows every run as what it is."""
 
 import re
+from html import unescape
 
 import nbformat
 import pytest
 
+from csm_nb.hub import describe_model
 from csm_nb.provenance import write_json
 from csm_nb.report import build_index, export_html
 
@@ -61,7 +63,7 @@ def test_index_shows_verdict_seconds_metrics_and_the_page_of_each_run(tmp_path):
     text = build_index(tmp_path).read_text()
     assert not LOADS.findall(text)
     assert re.search(r'class="verdict good" href="da/00_mimi_sanity/abc/notebook.html">go<', text)
-    assert "41 s" in text and "0.123" in text and "Danish" in text and "miniature" in text
+    assert "41 s" in text and "0.123" in text and "Danish" in text and describe_model("models/csm-mini") in unescape(text)
     assert "words" not in text
 
 
