@@ -161,7 +161,7 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
 
 def _check_type(key, value, parameter, origin):
     def refuse(allowed):
-        raise ParameterError(f"{origin}: {key} is {value!r} (a {type(value).__name__}); allowed is {allowed}")
+        raise ParameterError(f"{origin}: {key} is {value!r} ({type(value).__name__}); allowed is {allowed}")
 
     if parameter.type == "float" and type(value) is int:
         return float(value)
@@ -173,7 +173,7 @@ def _check_type(key, value, parameter, origin):
                 hint = f"; write {float(mantissa)}e{int(exponent):+d}, with the point and the sign"
             except ValueError:
                 pass
-        refuse(f"a {parameter.type}, such as {parameter.default!r}{hint}")
+        refuse(f"{parameter.type}, such as {parameter.default!r}{hint}")
     if parameter.type == "list" and parameter.default:
         kind = type(parameter.default[0])
         if not value or any(type(item) is not kind for item in value):

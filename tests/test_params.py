@@ -70,12 +70,12 @@ def test_a_missing_file_is_refused_with_those_that_are_there(here):
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("clips", "12", "clips is '12' .a str.; allowed is a int"),
-    ("clips", True, "clips is True .a bool."),
-    ("clips", 1.5, "clips is 1.5 .a float."),
-    ("lr", yaml.safe_load("1e-4"), r"lr is '1e-4' .a str.*write 1.0e-4, with the point"),
-    ("lr", "fast", "lr is 'fast' .a str.; allowed is a float, such as 0.001$"),
-    ("language", yaml.safe_load("no"), "language is False .a bool."),
+    ("clips", "12", "clips is .12. .str.; allowed is int"),
+    ("clips", True, "clips is True .bool."),
+    ("clips", 1.5, "clips is 1.5 .float."),
+    ("lr", yaml.safe_load("1e-4"), r"lr is '1e-4' .str.*write 1.0e-4, with the point"),
+    ("lr", "fast", "lr is .fast. .str.; allowed is float, such as 0.001$"),
+    ("language", yaml.safe_load("no"), "language is False .bool."),
     ("language", "xx", "language is 'xx': .*da"),
     ("codebooks", ["all"], "codebooks is .*list of int"),
     ("codebooks", [], "codebooks is .*list of int"),
