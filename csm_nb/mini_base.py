@@ -119,7 +119,7 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
 
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.02)
     save_base(model.eval(), processor, out)
-    record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, minutes, seed)}
+    record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
     (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -155,8 +155,8 @@ def train_codec(out, minutes: float, seed: int = 0, work="data/mini/codec", batc
 
     second = fit({"codec": codec}, decode_codes, minutes * 0.3, Path(work) / "quantized", lr=4e-4, seed=seed + 1)
     codec.save_pretrained(out)
-    whole = {key: first[key] + second[key] for key in ("steps", "seconds", "losses")}
-    (Path(out) / "training.json").write_text(json.dumps(describe_training(whole, minutes, seed), indent=2) + "\n")
+    whole = {key: first[key] + second[key] for key in ("steps", "seconds", "losses")} | {"asked": [minutes]}
+    (Path(out) / "training.json").write_text(json.dumps(describe_training(whole, seed), indent=2) + "\n")
     return codec
 
 

@@ -121,13 +121,13 @@ def write_cards(models, figures: dict) -> list[Path]:
     return [models / name / "README.md" for name in cards]
 
 
-def _describe_training(record: dict, command: str) -> str:
-    return f"`{command}`: {record['steps']} steps in {record['seconds']} s on {record['processor']}"
+def _describe_training(record: dict, part: str) -> str:
+    commands = ", then ".join(f"`python -m csm_nb.mini {part} --minutes {minutes:g}`" for minutes in record["minutes"])
+    return f"{commands}: {record['steps']} steps in {record['seconds']} s of training, {record['processor']}"
 
 
 def _describe_base(folder, figures):
     training = read_json(folder / "training.json")
-    commands = [f"python -m csm_nb.mini {part} --minutes {training[part]['minutes']:g}" for part in ("codec", "base")]
     codec = "\n".join(f"| {name} | {figure} |" for name, figure in figures["codec"].items())
     return f"""---
 language: en
@@ -145,8 +145,8 @@ CsmProcessor with chat template); one token is one character. The checkpoint hol
 as a published one may: tie the other after loading (`csm_nb.csm.load_base` does). Speakers 0 to 3.
 {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB, float16 on disk, to be run in float32.
 
-Made by {_describe_training(training["codec"], commands[0])}; then
-{_describe_training(training["base"], commands[1])}.
+Made by {_describe_training(training["codec"], "codec")}; then
+{_describe_training(training["base"], "base")}.
 
 `python -m csm_nb.mini evaluate` ({figures["clips"]} held-out sentences a language, none of them in training):
 
@@ -192,7 +192,7 @@ A conformer (Wav2Vec2-BERT classes) of {size:.1f} MB, float16 on disk, float32 i
 language; noise, equaliser, low-pass, speed and level were drawn anew for every clip, no clip was heard twice, and
 {100 * training["round_trips"]:.0f} % of the clips went through the codec of csm-mini.
 
-Made by {_describe_training(training, f"python -m csm_nb.mini {kind} --minutes {training['minutes']:g}")}.
+Made by {_describe_training(training, kind)}.
 
 {measure}, {figures["clips"]} held-out sentences a language (none of them in training), by `python -m csm_nb.mini evaluate`:
 

@@ -246,7 +246,7 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/as
 
     modules = {"model": model, "reader": reader}
     result = fit(modules, compute_loss, minutes, work, lr, seed=seed, betas=(0.9, 0.98), weight_decay=0.01)
-    return save_judge(model, Wav2Vec2BertProcessor(EXTRACTOR, tokenizer), out, result, minutes, seed, codec)
+    return save_judge(model, Wav2Vec2BertProcessor(EXTRACTOR, tokenizer), out, result, seed, codec)
 
 
 # ---- language identification ---------------------------------------------------------------------------------------
@@ -301,13 +301,13 @@ def train_lid(out, minutes: float = 8, seed: int = 0, work=ROOT / "data/mini/lid
         return loss, {"loss": float(loss.detach()), "right": float((logits.argmax(1) == labels).float().mean())}
 
     result = fit({"model": model}, compute_loss, minutes, work, lr, seed=seed, betas=(0.9, 0.98), weight_decay=0.01)
-    return save_judge(model, EXTRACTOR, out, result, minutes, seed, codec)
+    return save_judge(model, EXTRACTOR, out, result, seed, codec)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
 
 
-def save_judge(model, processor, out, result: dict, minutes: float, seed: int, codec) -> Path:
+def save_judge(model, processor, out, result: dict, seed: int, codec) -> Path:
     """Writes a folder for `from_pretrained` and `pipeline`: weights stored in half precision, loaded in full."""
     out = Path(out)
     model.eval().half().save_pretrained(out)
@@ -315,6 +315,6 @@ def save_judge(model, processor, out, result: dict, minutes: float, seed: int, c
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    record = describe_training(result, minutes, seed) | {"round_trips": ROUND_TRIPS if codec else 0.0}
+    record = describe_training(result, seed) | {"round_trips": ROUND_TRIPS if codec else 0.0}
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     return out

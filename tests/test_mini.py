@@ -39,14 +39,18 @@ def fit_line(work, seconds, die_at=None):
         error = (model(x) - 3 * x).square().mean()
         return error, {"error": error.item()}
 
-    return model, seen, lambda: fit({"model": model}, loss, seconds / 60, work, lr=0.05, log_every=2, save_every_seconds=0.0)
+    def run():
+        return fit({"model": model}, loss, seconds / 60, work, lr=0.05, log_every=2, save_every_seconds=0.0)
+
+    return model, seen, run
 
 
 def test_a_killed_training_goes_on_with_the_data_it_would_have_seen(tmp_path, capsys):
     _, seen, run = fit_line(tmp_path, 60, die_at=8)
     with pytest.raises(KeyboardInterrupt):
         run()
-    model, seen_again, run = fit_line(tmp_path, torch.load(tmp_path / "checkpoint.pt")["seconds"] + 1)
+    used = torch.load(tmp_path / "checkpoint.pt")["progress"]["seconds"]
+    model, seen_again, run = fit_line(tmp_path, used + 1)
     result = run()
     assert "goes on from step 7" in capsys.readouterr().out
     assert seen_again[0] == seen[-1]
@@ -63,8 +67,10 @@ def test_a_finished_training_is_not_trained_again(tmp_path):
 
 def test_the_record_of_a_training_says_what_it_took(tmp_path):
     _, _, run = fit_line(tmp_path, 0.2)
-    record = describe_training(run(), 0.2 / 60, 3)
-    assert record["seed"] == 3 and record["steps"] > 0 and "threads of" in record["processor"]
+    run()
+    _, _, run = fit_line(tmp_path, 0.4)
+    record = describe_training(run(), 3)
+    assert record["minutes"] == [0.2 / 60, 0.4 / 60] and record["seed"] == 3 and record["steps"] > 0 and "threads of" in record["processor"]
     assert json.loads(json.dumps(record)) == record
 
 

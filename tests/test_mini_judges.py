@@ -121,7 +121,7 @@ def test_killed_recipe_goes_on_and_saves_a_folder_that_loads(train, tmp_path, mo
         train(tmp_path / "out", minutes=5, **settings)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(mini_judges, "fit", fit)
-    used = torch.load(tmp_path / "work/checkpoint.pt")["seconds"]
+    used = torch.load(tmp_path / "work/checkpoint.pt")["progress"]["seconds"]
     out = train(tmp_path / "out", minutes=(used + 1) / 60, **settings)
     assert "goes on from step 5" in capsys.readouterr().out
     noise = np.random.default_rng(0).standard_normal(8000)
