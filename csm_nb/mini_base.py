@@ -72,7 +72,7 @@ def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int
             "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "head_dim": 32, "max_position_embeddings": codebooks + 1, "rope_parameters": rope,
         },
-        codec_config=codec.config.to_dict(),
+        codec_config={k: v for k, v in codec.config.to_dict().items() if k != "_name_or_path"},  # a path of this machine
     )
     model = CsmForConditionalGeneration(config)
     model.codec_model.load_state_dict(codec.state_dict())
