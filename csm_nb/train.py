@@ -50,6 +50,10 @@ def collate(examples, depth_ratio: float = 1.0, generator: torch.Generator | Non
     depth_frames = torch.rand(codes.shape[:2], generator=generator) < depth_ratio
     depth_frames |= frames == (frame_lengths - 1)[:, None]
     depth_frames &= frames < frame_lengths[:, None]
+    if depth_frames.sum() == codes.shape[-1]:
+        # transformers 5.17 fails on as many depth frames as codebooks: it takes its 1-D position_ids for a batch of them
+        row, frame = (frames < frame_lengths[:, None] - 1).nonzero()[0]
+        depth_frames[row, frame] ^= True
     return {"input_ids": input_ids, "codes": codes, "text_lengths": text_lengths, "frame_lengths": frame_lengths,
             "depth_frames": depth_frames}
 

@@ -89,6 +89,15 @@ def test_the_end_of_speech_is_always_labelled(base, rows):
     assert batch["depth_frames"].sum() == len(rows)
 
 
+@pytest.mark.parametrize(("lengths", "ratio"), [((7,), 1.0), ((9,) * 8, 0.0)], ids=["every frame", "only the ends"])
+def test_as_many_depth_frames_as_codebooks_do_not_stop_the_training(base, lengths, ratio):
+    model, processor = base
+    rows = [{"text": "Hei du.", "speaker_id": "0", "codes": np.full((frames, 8), 5, np.uint16)} for frames in lengths]
+    batch = collate(build_examples(rows, processor), ratio)
+    assert abs(int(batch["depth_frames"].sum()) - 8) == 1
+    assert torch.isfinite(compute_loss(model, batch).loss)
+
+
 def test_depth_frames_are_drawn_anew_in_training_and_fixed_with_a_generator(base, rows):
     examples = build_examples(rows, base[1])
     draws = [collate(examples, 0.5)["depth_frames"] for _ in range(8)]
