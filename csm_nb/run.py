@@ -141,6 +141,7 @@ def _start_task(task, threads):
     command = [sys.executable, "-m", "papermill", source, notebook, "-f", values, "--kernel", "python3"]
     command += ["--cwd", source.parent, "--log-output", "--no-progress-bar"]
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
     environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false"}
     task.state, task.started = "running", time.time()
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log:

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 ROOT = Path(__file__).resolve().parents[1]
