@@ -53,7 +53,7 @@ def describe_model(name) -> str:
     card = fetch_model(name) / "README.md"
     text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), flags=re.S) if card.is_file() else ""
     prose = [part for part in text.split("\n\n") if part.strip() and not part.lstrip().startswith(("#", "<", "!", "|"))]
-    return f"{name}: {' '.join(prose[0].split()) if prose else 'has no model card'}"
+    return f"{name}: {' '.join(prose[0].replace('**', '').split()) if prose else 'has no model card'}"
 
 
 def _check_folder(folder, name):

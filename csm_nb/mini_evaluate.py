@@ -183,8 +183,9 @@ license: apache-2.0
 ---
 # {folder.name}
 
-A miniature {what} for {", ".join(LANGUAGES[c].name for c in CODES)}, trained on nothing but **espeak-ng synthetic
-speech** of template sentences: it judges such speech, and says nothing about people.
+A miniature {what} for {", ".join(LANGUAGES[c].name for c in CODES)}.
+Trained on nothing but **espeak-ng synthetic speech** of template sentences, it judges such speech and says nothing about
+people.
 
     pipeline("{task}", "models/{folder.name}")
 
