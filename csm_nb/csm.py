@@ -1,5 +1,6 @@
 """The base model: load it, prove that it is loaded right, attach, save and load adapters."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor, CsmForConditionalGeneration
+from transformers.utils import logging
 
 from csm_nb.hub import fetch_model
 
@@ -35,10 +37,23 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: to
     """
     path, device = fetch_model(model_id), pick_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    model, info = CsmForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    with _quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by check_base
+        model, info = CsmForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
     tie_codebooks(model, info["missing_keys"])
     model.codec_model.float()
     return model.to(device).eval(), AutoProcessor.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def tie_codebooks(model, missing_keys=()) -> str:
@@ -127,7 +142,7 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
     shutil.rmtree(partial, ignore_errors=True)
     if base_id:
         model.peft_config["default"].base_model_name_or_path = base_id
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, save_embedding_layers=False)  # peft would ask the hub; a trained table is saved anyway
     (partial / "base.json").write_text(json.dumps(describe_base(model), indent=1))
     rows = "\n".join(f"| {key} | {value} |" for key, value in (card or {}).items())
     (partial / "README.md").write_text(f"""---
@@ -144,6 +159,7 @@ tags: [text-to-speech, csm, lora]
 ```python
 from peft import PeftModel
 from transformers import AutoProcessor, CsmForConditionalGeneration
+from transformers.utils import logging
 
 base = CsmForConditionalGeneration.from_pretrained("{base_id}")
 # transformers 5.17 does not tie the two codebook tables: do it after every load

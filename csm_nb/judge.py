@@ -95,10 +95,9 @@ def character_error_rates(references, hypotheses) -> np.ndarray:
 
 
 def confusion_matrix(true, predicted, labels) -> pd.DataFrame:
-    """Return counts: a row for each of `labels` that was read, a column for each that was heard and "other"."""
-    columns = [*labels, "other"]
-    predicted = [heard if heard in labels else "other" for heard in predicted]
-    table = pd.crosstab(pd.Series(list(true), name="read"), pd.Series(predicted, name="heard"))
+    """Return counts: a row for each of `labels` that was read, a column for each of them and each other that was heard."""
+    columns = [*labels, *sorted(set(predicted) - set(labels))]
+    table = pd.crosstab(pd.Series(list(true), name="read"), pd.Series(list(predicted), name="heard"))
     return table.reindex(index=list(labels), columns=columns, fill_value=0)
 
 

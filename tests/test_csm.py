@@ -68,6 +68,7 @@ def test_adapter_sits_on_both_decoders_and_leaves_the_codec_untouched(adapter):
     assert any("backbone_model.layers" in name for name in names)
     assert any("depth_decoder.model.layers" in name for name in names)
     assert not any("codec_model" in name for name in names)
+    assert any("embed_text_tokens" in name for name in names)  # a trained text table is saved with it
 
 
 def test_saved_adapter_loads_with_transformers_and_peft_alone_and_changes_what_is_said(adapter):

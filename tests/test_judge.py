@@ -77,7 +77,7 @@ def test_a_reference_without_letters_is_an_error():
 def test_a_confusion_matrix_counts_every_clip_once():
     table = confusion_matrix(["no", "no", "sv", "da"], ["no", "sv", "sv", "fi"], ["no", "sv", "da"])
     assert table.loc["no"].tolist() == [1, 1, 0, 0]
-    assert table.loc["da", "other"] == 1 and table.to_numpy().sum() == 4
+    assert table.loc["da", "fi"] == 1 and table.to_numpy().sum() == 4
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
