@@ -20,8 +20,9 @@ def start(project, *arguments):
     (project / "torch.py").write_text("class cuda:\n    is_available = lambda: False\n\nmanual_seed = print\n")
     environment = os.environ | {"PYTHONPATH": str(project)}
     command = [sys.executable, "-m", "csm_nb.run", *arguments]
-    return subprocess.Popen(
-        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    return subprocess.Popen(  # a suite that a shell runs in the background has Ctrl-C ignored, and hands that down
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
