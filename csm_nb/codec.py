@@ -14,6 +14,13 @@ BATCH_SECONDS = 60  # of audio in one batch at most; a longer clip is a batch of
 _INSIDE_CSM = "codec_model."
 
 
+def pick_device(device: str = "auto") -> str:
+    """"auto" becomes "cuda" where there is one, else "cpu"; anything else is passed through to torch."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_codec(model, device: str = "cpu") -> MimiModel:
     """Return the MimiModel of a folder or hub id, in float32 and eval mode; of a CSM model, the codec inside it.
 
@@ -35,9 +42,7 @@ def load_codec(model, device: str = "cpu") -> MimiModel:
             )
     else:
         raise ModelError(f"{model}: {path}/config.json says model_type {kind!r}; allowed are 'mimi' and 'csm'")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return codec.float().to(device).eval().requires_grad_(False)
+    return codec.float().to(pick_device(device)).eval().requires_grad_(False)
 
 
 def _read_codec_weights(path):

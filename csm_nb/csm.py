@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor, CsmForConditionalGeneration
 from transformers.utils import logging
 
+from csm_nb.codec import pick_device
 from csm_nb.hub import fetch_model
 
 BACKBONE_TABLE = "backbone_model.embed_tokens.embed_audio_tokens.weight"
@@ -20,13 +21,6 @@ MLP = "gate_proj|up_proj|down_proj"
 
 class AdapterError(ValueError):
     """An adapter that is missing, or that was trained on another base model."""
-
-
-def pick_device(device: str = "auto") -> str:
-    """"auto" becomes "cuda" where there is one, else "cpu"; anything else is passed through to torch."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: torch.dtype | None = None):
@@ -159,7 +153,6 @@ tags: [text-to-speech, csm, lora]
 ```python
 from peft import PeftModel
 from transformers import AutoProcessor, CsmForConditionalGeneration
-from transformers.utils import logging
 
 base = CsmForConditionalGeneration.from_pretrained("{base_id}")
 # transformers 5.17 does not tie the two codebook tables: do it after every load

@@ -10,6 +10,7 @@ import torch
 from transformers import pipeline
 
 from csm_nb.audio import SAMPLE_RATE, resample
+from csm_nb.codec import pick_device
 from csm_nb.hub import fetch_model
 from csm_nb.languages import LANGUAGES, get_language
 
@@ -36,9 +37,7 @@ def load_asr(model, device: str = "auto", language: str = "en"):
 
 
 def _load(task, model, device):
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline(task, model=str(fetch_model(model)), device=device, dtype=torch.float32)
+    return pipeline(task, model=str(fetch_model(model)), device=pick_device(device), dtype=torch.float32)
 
 
 def _to_inputs(judge, wavs):
