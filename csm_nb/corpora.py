@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from csm_nb.audio import AudioError, read_audio
+from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.languages import get_language
 
 REQUIRED = ("text", "audio_path", "speaker_id", "language")
@@ -103,7 +103,7 @@ def _find_fault(row, min_seconds, max_seconds, need_text):
         wav = read_audio(row["audio_path"])
     except AudioError as error:
         return str(error).removeprefix(f"{row['audio_path']}: "), 0.0
-    seconds = len(wav) / 24_000
+    seconds = len(wav) / SAMPLE_RATE
     if np.abs(wav).max() < SILENCE:
         return "silent", seconds
     if not min_seconds <= seconds <= max_seconds:

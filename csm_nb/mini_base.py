@@ -1,6 +1,5 @@
 """Recipe of the miniature base model: a small CSM that reads English characters and speaks with espeak-ng's voices."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers import (
 from csm_nb.codec import encode
 from csm_nb.csm import DEPTH_TABLE, tie_codebooks
 from csm_nb.mini_loop import describe_training, fit
-from csm_nb.provenance import read_json
+from csm_nb.provenance import read_json, write_json
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 from csm_nb.train import build_examples, collate, compute_loss
@@ -120,7 +119,7 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.02)
     save_base(model.eval(), processor, out)
     record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
-    (Path(out) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(Path(out) / "training.json", record)
 
 
 def save_base(model, processor, out) -> None:

@@ -1,6 +1,5 @@
 """Recipe of the miniature codec: a small MimiModel trained on espeak-ng speech, first without, then with its quantizer."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from torchaudio.functional import melscale_fbanks
 from transformers import MimiConfig, MimiModel
 
 from csm_nb.mini_loop import describe_training, fit
+from csm_nb.provenance import write_json
 from csm_nb.synth import Voice, speak_text
 from csm_nb.texts import make_sentences
 
@@ -156,7 +156,7 @@ def train_codec(out, minutes: float, seed: int = 0, work="data/mini/codec", batc
     second = fit({"codec": codec}, decode_codes, minutes * 0.3, Path(work) / "quantized", lr=4e-4, seed=seed + 1)
     codec.save_pretrained(out)
     whole = {key: first[key] + second[key] for key in ("steps", "seconds", "losses")} | {"asked": [minutes]}
-    (Path(out) / "training.json").write_text(json.dumps(describe_training(whole, seed), indent=2) + "\n")
+    write_json(Path(out) / "training.json", describe_training(whole, seed))
     return codec
 
 

@@ -72,7 +72,7 @@ def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1
     rows = judge_speech(speak_models(model, processor, {}, prompts, seed), lid, dict.fromkeys(CODES, asr))
     english = rows[rows.language == "en"]
     heard = {code: part.heard.value_counts(normalize=True).to_dict() for code, part in rows.groupby("language")}
-    return {"cer": float(english.cer.mean()), "runaways": float(1 - english.ended.mean()), "heard": heard, "sentences": sentences}
+    return {"cer": float(english.cer.mean()), "runaways": float(1 - english.ended.mean()), "heard": heard}
 
 
 def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/evaluate") -> dict:

@@ -26,6 +26,7 @@ from csm_nb.codec import round_trip
 from csm_nb.judge import normalise_text
 from csm_nb.mini_loop import describe_training, fit
 from csm_nb.params import ROOT
+from csm_nb.provenance import write_json
 from csm_nb.synth import Voice, speak_text
 from csm_nb.texts import make_sentences
 
@@ -316,5 +317,5 @@ def save_judge(model, processor, out, result: dict, seed: int, codec) -> Path:
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     record = describe_training(result, seed) | {"round_trips": ROUND_TRIPS if codec else 0.0}
-    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "training.json", record)
     return out
