@@ -16,7 +16,16 @@ from csm_nb.languages import get_language
 # espeak-ng's C API (speak_lib.h, 1.52): only what is used here.
 _SYNCHRONOUS, _UTF8, _BY_CHARACTER = 2, 1, 1
 _RATE, _PITCH, _RANGE = 1, 3, 4
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_IPA_EVENTS, _END_OF_EVENTS, _PHONEME = 3, 0, 7
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
+                ("user_data", ctypes.c_void_p), ("phoneme", ctypes.c_char * 8)]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 LEVEL = 0.08  # root mean square of every clip, so that loudness tells neither voice nor language
 PAD_SECONDS = 0.06  # silence left at both ends
@@ -44,23 +53,28 @@ HELD_OUT_VOICES = (Voice("4", "m1", 48, 65, 160), Voice("5", "f3", 50, 65, 160))
 
 
 @functools.cache
-def _load_espeak() -> tuple[ctypes.CDLL, int, list]:
+def _load_espeak() -> tuple[ctypes.CDLL, int, list, list]:
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    sample_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    sample_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), _IPA_EVENTS)
     if sample_rate <= 0:
         raise RuntimeError(f"espeak-ng did not start with the data in {espeakng_loader.get_data_path()}; run make setup")
     library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # breathy voices draw noise
     chunks: list[np.ndarray] = []
+    phonemes: list[tuple[int, str]] = []
 
     @_CALLBACK
-    def collect(samples, count, _events):
+    def collect(samples, count, events):
         if samples and count > 0:
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        while events[0].type != _END_OF_EVENTS:
+            if events[0].type == _PHONEME:
+                phonemes.append((events[0].sample, events[0].phoneme.decode(errors="ignore")))
+            events = ctypes.pointer(events[1])
         return 0
 
     library.espeak_SetSynthCallback(collect)
     library.collect = collect  # keeps the callback alive as long as the library
-    return library, sample_rate, chunks
+    return library, sample_rate, chunks, phonemes
 
 
 def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray:
@@ -70,9 +84,14 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
     samples; a clip repeated within it differs a little, because espeak-ng's pitch flutter goes on from clip to clip.
     Raises ValueError for an empty text, an unknown language or a variant that espeak-ng does not have.
     """
+    return speak_phonemes(text, language, voice)[0]
+
+
+def speak_phonemes(text: str, language: str, voice: Voice = VOICES[0]) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """`speak_text`, and where each phoneme of it starts: [(seconds, IPA)], with "" for a pause."""
     if not text.strip():
         raise ValueError("the text to speak is empty")
-    library, sample_rate, chunks = _load_espeak()
+    library, sample_rate, chunks, phonemes = _load_espeak()
     tag = get_language(language).espeak
     names = [f"{tag}+{voice.variant}", f"{tag.split('-')[0]}+{voice.variant}"]  # a variant of fr-fr is only found as fr
     variants = Path(espeakng_loader.get_data_path()) / "voices/!v"  # espeak-ng takes an unknown one for none at all
@@ -80,7 +99,7 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
         raise ValueError(f"espeak-ng has no voice {names[0]!r}")
     for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.spread)):
         library.espeak_SetParameter(parameter, value, 0)
-    chunks.clear()
+    chunks.clear(), phonemes.clear()
     data = text.encode()
     library.espeak_Synth(data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None)
     if not chunks:
@@ -92,7 +111,8 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
     pad = int(PAD_SECONDS * sample_rate)
     wav = np.pad(wav[loud[0] : loud[-1] + 1], pad)
     wav = resample(wav, sample_rate, SAMPLE_RATE)
-    return (wav * (LEVEL / np.sqrt(np.mean(wav**2)))).astype(np.float32)
+    starts = [(float(sample - loud[0] + pad) / sample_rate, name.strip("ˈˌ")) for sample, name in phonemes]
+    return (wav * (LEVEL / np.sqrt(np.mean(wav**2)))).astype(np.float32), starts
 
 
 def make_corpus(texts, language: str, out_dir, voices=VOICES, spoken_as: str | None = None) -> Path:

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from csm_nb.corpora import read_manifest
 from csm_nb.languages import LANGUAGES
-from csm_nb.synth import HELD_OUT_VOICES, LEVEL, VOICES, Voice, make_corpus, speak_text
+from csm_nb.synth import HELD_OUT_VOICES, LEVEL, VOICES, Voice, make_corpus, speak_phonemes, speak_text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -38,6 +38,16 @@ def test_pitch_rate_variant_and_language_are_heard():
     assert len(speak_text("Ja, det er det.", "da", Voice("0", "m3", 40, 60, 240))) < 0.8 * len(plain)
     for other in (speak_text("Ja, det er det.", "da", VOICES[1]), speak_text("Ja, det er det.", "no")):
         assert len(other) != len(plain) or not np.allclose(other, plain)
+
+
+def test_phonemes_come_with_the_times_at_which_they_sound():
+    wav, phonemes = speak_phonemes("Hun ser et skip.", "da")
+    times, names = zip(*phonemes, strict=True)
+    assert list(times) == sorted(times) and times[0] < 0.1 and times[-1] <= len(wav) / 24_000
+    assert "".join(names).startswith("h") and "s" in names and names[-1] == ""
+    start = int(24_000 * times[names.index("s")])
+    crossings = np.abs(np.diff(np.sign(wav[start : start + 1200]))).sum() / 2
+    assert crossings > 250  # in 50 ms: an s hisses above 2.5 kHz
 
 
 @pytest.mark.parametrize(("text", "language", "voice", "message"), [
