@@ -10,7 +10,17 @@ from transformers import MimiModel
 from csm_nb import mini
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini_base import SPECIAL, build_model, build_processor, save_base
-from csm_nb.mini_codec import SpectralLoss, build_codec_config, encode_latents, fit_codebooks, initialise, random_voice
+from csm_nb.mini_codec import (
+    FRAME,
+    SpectralLoss,
+    build_codec_config,
+    encode_hidden,
+    fit_codebooks,
+    initialise,
+    list_phonemes,
+    make_segments,
+    random_voice,
+)
 from csm_nb.mini_loop import describe_training, fit
 from csm_nb.params import ROOT
 from csm_nb.phonemes import to_ipa
@@ -87,11 +97,33 @@ def test_the_codec_s_loss_hears_pitch_that_mel_losses_miss():
     assert 0.05 < near < far
 
 
+def test_the_codec_s_loss_hears_the_phase_that_magnitudes_miss():
+    """Noise with the spectrum of a tone's frame is as loud; only the wave itself tells the two apart."""
+    distance, time = SpectralLoss(), torch.arange(24_000) / 24_000
+    first, later = (0.1 * torch.sin(2 * np.pi * (200 * time + turn))[None] for turn in (0.0, 0.5))
+    formants, harmonics, wave = (part.item() for part in distance(later, first))
+    assert formants < 0.1 and harmonics < 0.1 and wave > 1.0
+    assert distance(first, first)[2].item() == 0
+
+
+def test_a_segment_s_phonemes_are_those_that_sound_in_its_frames():
+    sentences = {code: make_sentences(code, 30) for code in ("en", "no", "sv", "da", "de", "fr", "es", "nl", "it", "pl")}
+    classes = list_phonemes(sentences)
+    wavs, phonemes = make_segments(np.random.default_rng(0), sentences, 40, classes)
+    assert wavs.shape[2] // FRAME == phonemes.shape[1]
+    loud = wavs.reshape(40, -1, FRAME).square().mean(2).sqrt()
+    silent = phonemes == classes[""]
+    assert 0.05 < silent.float().mean() < 0.6
+    assert loud[~silent].median() > 5 * loud[silent].median()
+    vowels = torch.isin(phonemes, torch.tensor([classes[name] for name in ("a", "ɛ", "i", "ɔ")]))
+    assert loud[vowels].median() > 1.2 * loud[~silent & ~vowels].median()
+
+
 def test_a_fresh_codec_tells_clips_apart(codec):
     """From transformers' own initial weights all clips have the same latents, to within 1 %, and nothing is learned."""
     wavs = np.stack([speak_text(text, "no")[:19_200] for text in ("Barna ser et tog.", "Hvor er kjøpmannen?")])
     with torch.no_grad():
-        first, second = encode_latents(codec, torch.from_numpy(wavs)[:, None])
+        first, second = encode_hidden(codec, torch.from_numpy(wavs)[:, None])
     assert (first - second).norm() > 0.05 * first.norm()
 
 
@@ -99,8 +131,8 @@ def test_codebooks_come_nearer_to_the_latents_one_after_the_other(codec):
     wavs = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (40, 1, 19_200)).astype(np.float32))
     fit_codebooks(codec, wavs, rounds=3)
     with torch.no_grad():
-        latents, left = encode_latents(codec, wavs), []
-        quantizer = codec.quantizer.acoustic_residual_vector_quantizer
+        quantizer, left = codec.quantizer.acoustic_residual_vector_quantizer, []
+        latents = quantizer.input_proj(encode_hidden(codec, wavs))
         residual = latents.transpose(1, 2).reshape(-1, latents.shape[1])
         for layer in quantizer.layers:
             residual = residual - layer.codebook.decode(layer.codebook.encode(residual))
