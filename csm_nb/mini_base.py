@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from csm_nb.codec import encode
+from csm_nb.codec import encode, pick_device
 from csm_nb.csm import DEPTH_TABLE, tie_codebooks
-from csm_nb.mini_loop import describe_training, fit
+from csm_nb.mini_loop import describe_training, fit, half_precision
 from csm_nb.provenance import read_json, write_json
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
@@ -80,32 +80,36 @@ def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int
     return model
 
 
-def make_rows(codec: MimiModel, count: int, seed: int = 0, language: str = "en", split: str = "train") -> list[dict]:
-    """`count` token rows (text, codes, speaker_id) of fresh espeak-ng speech, every sentence by one of the four voices."""
-    rng = np.random.default_rng(seed)
-    texts = make_sentences(language, count, seed, split)
-    voices = [VOICES[i] for i in rng.integers(len(VOICES), size=count)]
-    rows = []
-    for start in range(0, count, 64):
-        chosen = list(zip(texts[start : start + 64], voices[start : start + 64], strict=True))
-        codes = encode(codec, [speak_text(text, language, voice) for text, voice in chosen])
-        rows += [{"text": text, "codes": code, "speaker_id": voice.speaker_id}
-                 for (text, voice), code in zip(chosen, codes, strict=True)]
+def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "en", split: str = "train",
+              takes: int = 1) -> list[dict]:
+    """Token rows (text, codes, speaker_id) of fresh espeak-ng speech: `sentences`, each by `takes` of the four voices."""
+    rng, rows = np.random.default_rng(seed), []
+    for text in make_sentences(language, sentences, seed, split):
+        voices = rng.permutation(len(VOICES))[:takes]
+        with half_precision(codec.device.type):  # one by one: on a CPU that is faster than in batches
+            codes = [encode(codec, [speak_text(text, language, VOICES[i])])[0] for i in voices]
+        rows += [{"text": text, "codes": code, "speaker_id": VOICES[i].speaker_id} for i, code in zip(voices, codes, strict=True)]
     return rows
 
 
-def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", clips: int = 14_000,
-               batch: int = 16) -> None:
-    """Trains the base on English only and saves it with processor and codec to `out`, as a published CSM is laid out."""
+def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", sentences: int = 24_000,
+               takes: int = 2, batch: int = 16) -> None:
+    """Trains the base on English only and saves it with processor and codec to `out`, as a published CSM is laid out.
+
+    As many clips as it hears two or three times: with a third of them it learned them by heart (14,000 clips, seven
+    times each: backbone loss .23 on them, 1.18 on held-out sentences).
+    """
     torch.manual_seed(seed)
-    codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval()
+    device = pick_device()
+    codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval().to(device)
     processor = build_processor()
-    model = build_model(codec, processor)
+    model = build_model(codec.cpu(), processor).to(device)
     pool = Path(work) / "rows.pt"
     pool.parent.mkdir(parents=True, exist_ok=True)
     if not pool.exists():
-        torch.save(make_rows(codec, clips, seed), pool)
-        print(f"{pool}: {clips} clips spoken and encoded", flush=True)
+        rows = make_rows(codec.to(device), sentences, seed, takes=takes)
+        torch.save(rows, pool)
+        print(f"{pool}: {len(rows)} clips spoken and encoded", flush=True)
     examples = sorted(build_examples(torch.load(pool, weights_only=False), processor), key=lambda e: len(e["codes"]))
     model.codec_model.requires_grad_(False)
     model.train()
@@ -113,11 +117,13 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
     def loss(rng, done):
         start = int(rng.integers(0, len(examples) - batch))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        output = compute_loss(model, collate(examples[start : start + batch], 1 / 4, generator))
+        clips = {key: part.to(device) for key, part in collate(examples[start : start + batch], 1 / 4, generator).items()}
+        with half_precision(device):
+            output = compute_loss(model, clips)
         return output.loss, {"backbone": output.backbone_loss.item(), "depth": output.depth_decoder_loss.item()}
 
-    result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.02)
-    save_base(model.eval(), processor, out)
+    result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.05)
+    save_base(model.cpu().eval(), processor, out)
     record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
     write_json(Path(out) / "training.json", record)
 

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from csm_nb.audio import SAMPLE_RATE as SPEECH_RATE
-from csm_nb.codec import round_trip
+from csm_nb.codec import pick_device, round_trip
 from csm_nb.judge import normalise_text
-from csm_nb.mini_loop import describe_training, fit
+from csm_nb.mini_loop import describe_training, fit, half_precision
 from csm_nb.params import ROOT
 from csm_nb.provenance import write_json
 from csm_nb.synth import Voice, speak_text
@@ -36,10 +36,11 @@ JUDGE_RATE = 16000  # Hz
 # espeak-ng formant variants heard in training; those of HELD_OUT_VOICES (m1, f3) are not among them
 VARIANTS = ("m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f4", "f5", "adam", "anika", "ian", "linda", "zac")
 EXTRACTOR = SeamlessM4TFeatureExtractor(stride=3)  # 10 ms mel frames, three stacked into one step: 33 Hz
-SENTENCES = 3000  # training sentences drawn of each language
+SENTENCES = 12_000  # training sentences drawn of each language
 FLAT_START = 0.08  # share of the training time with single words and, in its first half, evenly laid letters
 LID_LAYERS = 2  # of the recogniser, that the language judge begins with
-ROUND_TRIPS = 0.3  # share of clips that go through the codec
+ROUND_TRIPS = 0.4  # share of clips that go through the codec
+CODEC_FROM = 0.6  # share of the recogniser's training time before any does: what comes out of the codec is slow to make
 READ_BY_OTHERS = 0.25  # share of language-judge clips in which the text and the voice are of two languages
 
 
@@ -81,7 +82,10 @@ def degrade(wav, rng, silence: float = 0.3, rate_in: int = SPEECH_RATE, rate_out
 
 def pass_codec(codec, wav, rng):
     """`wav`, or in ROUND_TRIPS of the cases what `codec` makes of it; without a codec always `wav`."""
-    return round_trip(codec, wav) if codec is not None and rng.random() < ROUND_TRIPS else wav
+    if codec is None or rng.random() >= ROUND_TRIPS:
+        return wav
+    with half_precision(codec.device.type):
+        return round_trip(codec, wav)
 
 
 def extract_features(wav):
@@ -203,7 +207,7 @@ def flat_start_loss(logits, mask, labels):
     letters to align within a minute.
     """
     lengths, letters = mask.sum(1, keepdim=True), (labels >= 0).sum(1, keepdim=True)
-    steps = torch.arange(logits.shape[1])[None]
+    steps = torch.arange(logits.shape[1], device=logits.device)[None]
     place = (steps - 2) * letters // (lengths - 4).clamp_min(1)  # 60 ms of silence at both ends are two steps
     targets = labels.gather(1, place.clamp(0, labels.shape[1] - 1))
     targets = targets.masked_fill((place < 0) | (place >= letters), 0).masked_fill(mask == 0, -100)
@@ -226,21 +230,24 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/as
     sentences = load_sentences(seed)
 
     reader = torch.nn.Linear(hidden, len(CODES))
-    queue = []
+    device, queue = pick_device(), []
+    model.to(device), reader.to(device)
 
     def compute_loss(rng, done):
         if not queue:
-            queue.extend(make_asr_batches(sentences, tokenizer, rng, done, steps_in_batch, codec))
-        features, mask, labels, languages = queue.pop()
-        output = model(input_features=features, attention_mask=mask, labels=labels, output_hidden_states=True)
-        loss, share = output.loss, min(1.0, 2 - 2 * done / FLAT_START)
+            heard = codec if done >= CODEC_FROM else None
+            queue.extend(make_asr_batches(sentences, tokenizer, rng, done, steps_in_batch, heard))
+        features, mask, labels, languages = (part.to(device) for part in queue.pop())
+        with half_precision(device):
+            output = model(input_features=features, attention_mask=mask, labels=labels, output_hidden_states=True)
+        logits, loss, share = output.logits.float(), output.loss, min(1.0, 2 - 2 * done / FLAT_START)
         if share > 0:
-            loss = (1 - share) * loss + share * flat_start_loss(output.logits, mask, labels)
-        if (padding := output.logits[mask == 0]).numel():  # nothing is written behind a short clip in a batch
-            blank = torch.zeros(len(padding), dtype=torch.long)
+            loss = (1 - share) * loss + share * flat_start_loss(logits, mask, labels)
+        if (padding := logits[mask == 0]).numel():  # nothing is written behind a short clip in a batch
+            blank = torch.zeros(len(padding), dtype=torch.long, device=device)
             loss = loss + 0.1 * torch.nn.functional.cross_entropy(padding, blank)
         lower = output.hidden_states[LID_LAYERS] if layers > LID_LAYERS else output.hidden_states[-1]
-        guess = reader((lower * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        guess = reader((lower.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         loss = loss + 0.2 * torch.nn.functional.cross_entropy(guess, languages)
         right = (guess.argmax(1) == languages).float().mean()
         return loss, {"loss": float(loss.detach()), "ctc": float(output.loss.detach()), "language": float(right)}
@@ -293,11 +300,14 @@ def train_lid(out, minutes: float = 8, seed: int = 0, work=ROOT / "data/mini/lid
             raise FileNotFoundError(f"{folder} holds no recogniser to begin with; run train_asr first")
         model.wav2vec2_bert = Wav2Vec2BertForCTC.from_pretrained(folder, dtype=torch.float32).wav2vec2_bert.train()
         del model.wav2vec2_bert.encoder.layers[layers:]
+    device = pick_device()
+    model.to(device)
     sentences = load_sentences(seed)
 
     def compute_loss(rng, done):
-        features, mask, labels = make_lid_batch(sentences, rng, clips_in_batch, codec)
-        logits = model(input_features=features, attention_mask=mask).logits
+        features, mask, labels = (part.to(device) for part in make_lid_batch(sentences, rng, clips_in_batch, codec))
+        with half_precision(device):
+            logits = model(input_features=features, attention_mask=mask).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
         return loss, {"loss": float(loss.detach()), "right": float((logits.argmax(1) == labels).float().mean())}
 
@@ -311,7 +321,7 @@ def train_lid(out, minutes: float = 8, seed: int = 0, work=ROOT / "data/mini/lid
 def save_judge(model, processor, out, result: dict, seed: int, codec) -> Path:
     """Writes a folder for `from_pretrained` and `pipeline`: weights stored in half precision, loaded in full."""
     out = Path(out)
-    model.eval().half().save_pretrained(out)
+    model.cpu().eval().half().save_pretrained(out)
     processor.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
