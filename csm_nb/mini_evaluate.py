@@ -14,7 +14,8 @@ from csm_nb.fidelity import code_clips, find_clips, format_figure, measure_clips
 from csm_nb.judge import character_error_rates, identify_languages, load_asr, load_lid, transcribe
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini_judges import CODES
-from csm_nb.provenance import read_json
+from csm_nb.params import ROOT, STAGES
+from csm_nb.provenance import hash_folder, read_json
 from csm_nb.synth import HELD_OUT_VOICES, VOICES, speak_text
 from csm_nb.texts import make_sentences
 
@@ -75,8 +76,32 @@ def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1
     return {"cer": float(english.cer.mean()), "runaways": float(1 - english.ended.mean()), "heard": heard}
 
 
-def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/evaluate") -> dict:
-    """All figures of csm-mini, asr-mini and lid-mini in the folder `models`, on held-out sentences."""
+def read_default_run(runs, base) -> dict | None:
+    """What the newest `make run` under `runs` on the model folder `base` found; None where it is not complete.
+
+    {"adapters": {language: {"cer", "heard_right", "runaways", "sentences"}}, "minutes": from the first start to the last
+    end}. Runs that were skipped because they were done before count where they were made.
+    """
+    records, adapters = [], {}
+    for code in NORDIC:
+        for stage in STAGES:
+            done = sorted(Path(runs).glob(f"{code}/{stage}/*/done.json"), key=lambda path: path.stat().st_mtime)
+            if not done:
+                return None
+            records.append(read_json(done[-1].with_name("run.json")))
+            if stage == "04_confusion":
+                metrics = read_json(done[-1].with_name("metrics.json"))
+                own = [row for row in metrics["table"] if (row["model"], row["read"]) == (f"lora_{code}", code)]
+                adapters[code] = {key: metrics[key] for key in ("cer", "heard_right", "runaways")}
+                adapters[code]["sentences"] = sum(row["sentences"] for row in own)
+    if {record["inputs"].get("base_model", {}).get("hash") for record in records} - {None} != {hash_folder(Path(base))}:
+        return None
+    seconds = max(r["started"] + r["seconds"] for r in records) - min(r["started"] for r in records)
+    return {"adapters": adapters, "minutes": seconds / 60}
+
+
+def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/evaluate", runs=ROOT / "runs") -> dict:
+    """All figures of csm-mini, asr-mini and lid-mini in the folder `models`, on held-out sentences, and of `runs` on them."""
     models = Path(models)
     model, processor = load_base(models / "csm-mini", "cpu")
     asr, lid, codec = load_asr(models / "asr-mini", "cpu"), load_lid(models / "lid-mini", "cpu"), load_codec(models / "csm-mini")
@@ -84,6 +109,7 @@ def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/eval
         "clips": clips, "original": evaluate_judges(asr, lid, clips, seed=seed),
         "decoded": evaluate_judges(asr, lid, clips, seed=seed, codec=codec),
         "codec": evaluate_codec(codec, work, seed=seed), "base": evaluate_base(model, processor, asr, lid, clips, seed),
+        "run": read_default_run(runs, models / "csm-mini"),
         "megabytes": sum(path.stat().st_size for path in models.glob("*-mini/*") if path.is_file()) / 1e6,
     }
 
@@ -106,8 +132,26 @@ def tabulate(figures: dict) -> str:
         ("base, English: runaways", f"{100 * base['runaways']:.1f} %", "<= 2 %"),
         ("base reading no, sv, da: heard as English (the bleed)", english, "reported"),
         ("size of the three folders", f"{figures['megabytes']:.1f} MB", "<= 25 MB"),
+        *_tabulate_run(figures["run"]),
     ]
     return "\n".join(["| what | figure | aimed at |", "| --- | --- | --- |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+
+
+def _tabulate_run(run):
+    if run is None:
+        return [("adapters of the default `make run`", "no complete run on this base model; `make run`, then again", "")]
+
+    def spread(key):
+        return ", ".join(f"{code} {100 * figures[key]:.0f} %" for code, figures in run["adapters"].items())
+
+    said = sum(figures["sentences"] for figures in run["adapters"].values())
+    endless = sum(figures["runaways"] for figures in run["adapters"].values())
+    return [
+        ("adapters of the default `make run`: CER", spread("cer"), "<= 20 %"),
+        ("their language heard right", spread("heard_right"), ">= 90 % each"),
+        ("their runaways", f"{endless} of {said} sentences", "<= 2 %"),
+        ("default `make run`, after set-up", f"{run['minutes']:.1f} minutes", "<= 12 minutes"),
+    ]
 
 
 def write_cards(models, figures: dict) -> list[Path]:
