@@ -75,10 +75,25 @@ def share_right(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table).round(3)
 
 
+def pair_with_reference(rows: pd.DataFrame, reference: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
+    """Clips to compare by eye and ear, two a row: the reference audio of its sentence, then what the model said.
+
+    (label, wav) each; the label says what the ASR wrote and how far that is from the text.
+    """
+    originals = reference.set_index(["language", "text"])
+    clips = []
+    for row in rows.itertuples():
+        original = originals.loc[(row.language, row.text)]
+        for name, clip in ((f"reference, {row.language}", original), (row.model, row)):
+            clips.append((f"{name}, {clip.cer:.0%} wrong:\n“{clip.transcript}”", clip.wav))
+    return clips
+
+
 def judge_verdict(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) -> tuple[str, dict]:
     """("clear" | "bleeds into xx" | "unclear: why", metrics) for the adapter of `language` reading its own sentences.
 
-    Clear from 90 % heard right; unclear when the judge itself does not reach that on the reference audio.
+    Clear from 90 % heard right; unclear when the judge itself does not reach that on the reference audio. What it bleeds
+    into is what was heard most instead, all of them where several were heard equally often.
     """
     table = pd.concat([share_right(reference), share_right(spoken)])
     own = spoken[(spoken.model == f"lora_{language}") & (spoken.language == language)]
@@ -93,7 +108,7 @@ def judge_verdict(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) 
     if metrics["heard_right"] >= CLEAR:
         return "clear", metrics
     wrong = heard.drop(language, errors="ignore")
-    return f"bleeds into {wrong.index[0]}", metrics
+    return f"bleeds into {', '.join(sorted(wrong.index[wrong == wrong.max()]))}", metrics
 
 
 def judge_inputs(texts, speech: dict, asr, language: str) -> pd.DataFrame:
