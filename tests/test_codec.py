@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig, MimiModel
 
-from csm_nb.codec import decode, encode, frame_rate, load_codec, round_trip
+from csm_nb.codec import BATCH_SECONDS, decode, encode, frame_rate, load_codec, round_trip
 from csm_nb.hub import ModelError
 
 SIZES = dict(
@@ -43,7 +43,8 @@ def make_clips(*lengths):
     return [rng.normal(0, 0.2, length).astype(np.float32) for length in lengths]
 
 
-def test_codes_in_a_batch_are_the_codes_of_each_clip_alone(codec):
+def test_codes_in_a_batch_are_the_codes_of_each_clip_alone(codec, monkeypatch):
+    monkeypatch.setitem(BATCH_SECONDS, "cpu", 60)  # as on a GPU; a CPU would take them one by one
     wavs = make_clips(FRAME * 20, FRAME * 20, FRAME * 7 + 5, FRAME * 8 - 3, FRAME * 20, 17)
     together = encode(codec, wavs)
     for wav, codes in zip(wavs, together, strict=True):
@@ -65,7 +66,8 @@ def test_a_partly_filled_last_frame_leaves_the_frames_before_it_alone(codec):
     assert np.array_equal(encode(codec, [wav[: FRAME * 9 + 100]])[0][:9], encode(codec, [wav])[0][:9])
 
 
-def test_decoding_in_a_batch_is_decoding_alone(codec):
+def test_decoding_in_a_batch_is_decoding_alone(codec, monkeypatch):
+    monkeypatch.setitem(BATCH_SECONDS, "cpu", 60)
     codes = encode(codec, make_clips(FRAME * 5, FRAME * 5, FRAME * 9))
     for code, wav in zip(codes, decode(codec, codes), strict=True):
         assert wav.dtype == np.float32 and len(wav) == len(code) * FRAME
@@ -147,6 +149,7 @@ def test_a_model_without_a_codec_is_named(codec, tmp_path, monkeypatch):
 
 
 def test_batches_are_bounded(codec, monkeypatch):
+    monkeypatch.setitem(BATCH_SECONDS, "cpu", 60)
     seen = []
     encode_batch = codec.encode
     watched = SimpleNamespace(
