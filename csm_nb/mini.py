@@ -35,7 +35,7 @@ def main(arguments=None) -> None:
     parts = {"all": list(SHARES), "judges": ["asr", "lid"]}.get(options.part, [options.part])
     whole = sum(SHARES[part] for part in parts)
     for part in parts:
-        train_part(part, options.minutes * SHARES[part] / whole, out, work, options.seed)
+        train_part(part, round(options.minutes * SHARES[part] / whole, 2), out, work, options.seed)
 
 
 def train_part(part: str, minutes: float, out: Path, work: Path, seed: int) -> None:

@@ -18,11 +18,11 @@ from transformers import (
 
 from csm_nb.codec import encode, pick_device
 from csm_nb.csm import DEPTH_TABLE, tie_codebooks
-from csm_nb.mini_loop import describe_training, fit, half_precision
-from csm_nb.provenance import read_json, write_json
+from csm_nb.mini_loop import describe_training, fit
+from csm_nb.provenance import hash_value, read_json, write_json
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
-from csm_nb.train import build_examples, collate, compute_loss
+from csm_nb.train import build_examples, collate, compute_loss, half_precision
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<|unknown|>")
 # ASCII, Latin-1 and Extended-A, IPA letters, modifiers, combining marks, tone numbers, the Greek letters of the IPA.
@@ -86,10 +86,18 @@ def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "
     rng, rows = np.random.default_rng(seed), []
     for text in make_sentences(language, sentences, seed, split):
         voices = rng.permutation(len(VOICES))[:takes]
+        wavs = [speak_text(text, language, VOICES[i]) for i in voices]
         with half_precision(codec.device.type):  # one by one: on a CPU that is faster than in batches
-            codes = [encode(codec, [speak_text(text, language, VOICES[i])])[0] for i in voices]
+            codes = [encode(codec, [wav])[0] for wav in wavs]
         rows += [{"text": text, "codes": code, "speaker_id": VOICES[i].speaker_id} for i, code in zip(voices, codes, strict=True)]
     return rows
+
+
+def name_codebooks(codec: MimiModel) -> str:
+    """A short name of the codebooks of `codec`: codes mean something only to a model that learned from the same ones."""
+    quantizer = codec.quantizer
+    sides = quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
+    return hash_value([layer.codebook.embed_sum.double().sum().item() for side in sides for layer in side.layers])
 
 
 def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", sentences: int = 24_000,
@@ -104,8 +112,9 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
     codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval().to(device)
     processor = build_processor()
     model = build_model(codec.cpu(), processor).to(device)
-    pool = Path(work) / "rows.pt"
-    pool.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(work) / name_codebooks(codec)
+    work.mkdir(parents=True, exist_ok=True)
+    pool = work / "rows.pt"
     if not pool.exists():
         rows = make_rows(codec.to(device), sentences, seed, takes=takes)
         torch.save(rows, pool)
@@ -123,7 +132,8 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
         return output.loss, {"backbone": output.backbone_loss.item(), "depth": output.depth_decoder_loss.item()}
 
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.05)
-    save_base(model.cpu().eval(), processor, out)
+    model.cpu().eval().codec_model.load_state_dict(codec.cpu().state_dict())  # its decoder may have learned on since
+    save_base(model, processor, out)
     record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
     write_json(Path(out) / "training.json", record)
 

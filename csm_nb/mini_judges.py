@@ -24,11 +24,12 @@ from transformers import (
 from csm_nb.audio import SAMPLE_RATE as SPEECH_RATE
 from csm_nb.codec import pick_device, round_trip
 from csm_nb.judge import normalise_text
-from csm_nb.mini_loop import describe_training, fit, half_precision
+from csm_nb.mini_loop import describe_training, fit
 from csm_nb.params import ROOT
 from csm_nb.provenance import write_json
 from csm_nb.synth import Voice, speak_text
 from csm_nb.texts import make_sentences
+from csm_nb.train import half_precision
 
 CODES = ("en", "no", "sv", "da", "de", "fr", "es", "nl", "it", "pl")
 LETTERS = "'abcdefghijklmnopqrstuvwxyzßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿąćęłńóœśźż"

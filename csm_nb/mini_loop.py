@@ -68,15 +68,6 @@ def fit(modules, compute_loss, minutes: float, work, lr: float, seed: int = 0, b
     return progress
 
 
-def half_precision(device: str) -> torch.autocast:
-    """A context in which matrix products run in bfloat16 where that is faster: on a GPU, on a CPU with AVX512-BF16 or AMX.
-
-    For language models and judges; a codec trained in it diverges (its thin convolutions need the digits).
-    """
-    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device, torch.bfloat16, enabled=fast)
-
-
 def describe_training(result: dict, seed: int) -> dict:
     """What a model card says of a training: minutes asked for (several if it went on), seed, steps, seconds, and so on."""
     info = Path("/proc/cpuinfo")
