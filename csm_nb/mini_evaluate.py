@@ -167,7 +167,8 @@ def write_cards(models, figures: dict) -> list[Path]:
 
 def _describe_training(record: dict, part: str) -> str:
     commands = ", then ".join(f"`python -m csm_nb.mini {part} --minutes {minutes:g}`" for minutes in record["minutes"])
-    return f"{commands}: {record['steps']} steps in {record['seconds']} s of training, {record['processor']}"
+    remark = f" ({record['remark']})" if "remark" in record else ""
+    return f"{commands}: {record['steps']} steps in {record['seconds']} s of training, {record['processor']}{remark}"
 
 
 def _describe_base(folder, figures):
