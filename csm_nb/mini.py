@@ -18,7 +18,7 @@ SHARES = {"codec": 0.31, "base": 0.24, "asr": 0.37, "lid": 0.08}
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser("python -m csm_nb.mini", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("part", choices=[*SHARES, "judges", "all", "evaluate"])
-    parser.add_argument("--minutes", type=float, default=190, help="training time on this machine (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=200, help="training time on this machine (default: %(default)s)")
     parser.add_argument("--out", default="models", help="folder that gets csm-mini, asr-mini and lid-mini (default: models)")
     parser.add_argument("--work", default="data/mini", help="checkpoints; a killed run goes on from them (default: data/mini)")
     parser.add_argument("--seed", type=int, default=0)
