@@ -109,9 +109,9 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
     """
     torch.manual_seed(seed)
     device = pick_device()
-    codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval().to(device)
+    codec = MimiModel.from_pretrained(codec_dir, dtype=torch.float32).eval()
     processor = build_processor()
-    model = build_model(codec.cpu(), processor).to(device)
+    model = build_model(codec, processor).to(device)
     work = Path(work) / name_codebooks(codec)
     work.mkdir(parents=True, exist_ok=True)
     pool = work / "rows.pt"

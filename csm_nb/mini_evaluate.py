@@ -13,7 +13,7 @@ from csm_nb.csm import load_base
 from csm_nb.fidelity import code_clips, find_clips, format_figure, measure_clips, name_condition, summarise
 from csm_nb.judge import character_error_rates, identify_languages, load_asr, load_lid, transcribe
 from csm_nb.languages import LANGUAGES
-from csm_nb.mini_judges import CODES
+from csm_nb.mini_judges import CODEC_FROM, CODES
 from csm_nb.params import ROOT, STAGES
 from csm_nb.provenance import hash_folder, read_json
 from csm_nb.synth import HELD_OUT_VOICES, VOICES, speak_text
@@ -220,6 +220,7 @@ def _describe_judge(folder, kind, figures):
                 "Share of clips of 2 to 4 s whose language is told right. Where the voice reads a text of another language, "
                 "right is the language of the voice: the sounds decide, not the words"),
     }[kind]
+    since = f", from {100 * CODEC_FROM:.0f} % of the training time on," if kind == "asr" else ""
     return f"""---
 language: {json.dumps(list(CODES))}
 pipeline_tag: {task}
@@ -236,7 +237,7 @@ people.
 
 A conformer (Wav2Vec2-BERT classes) of {size:.1f} MB, float16 on disk, float32 in memory. The same voices spoke every
 language; noise, equaliser, low-pass, speed and level were drawn anew for every clip, no clip was heard twice, and
-{100 * training["round_trips"]:.0f} % of the clips went through the codec of csm-mini.
+{100 * training["round_trips"]:.0f} % of the clips{since} went through the codec of csm-mini.
 
 Made by {_describe_training(training, kind)}.
 

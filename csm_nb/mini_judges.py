@@ -219,8 +219,8 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/as
               lr: float = 1.5e-3, codec=None, steps_in_batch: int = 600) -> Path:
     """Trains the character recogniser for `minutes` and saves it in `out`; a killed run goes on from what is in `work`.
 
-    Three clips in ten go through `codec`, if there is one, as what is judged later does. A linear reader of the
-    language on the second layer trains along at no cost: the layers below it are what `train_lid` begins with.
+    From CODEC_FROM of the time on, ROUND_TRIPS of the clips go through `codec`, if there is one, as what is judged later
+    does. A linear reader of the language on the second layer trains along at no cost: the layers below it are what `train_lid` begins with.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(work)
