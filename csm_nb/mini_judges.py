@@ -220,7 +220,8 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=ROOT / "data/mini/as
     """Trains the character recogniser for `minutes` and saves it in `out`; a killed run goes on from what is in `work`.
 
     From CODEC_FROM of the time on, ROUND_TRIPS of the clips go through `codec`, if there is one, as what is judged later
-    does. A linear reader of the language on the second layer trains along at no cost: the layers below it are what `train_lid` begins with.
+    does. A linear reader of the language on the second layer trains along at no cost: the layers below it are what
+    `train_lid` begins with.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(work)
