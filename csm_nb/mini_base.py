@@ -18,6 +18,7 @@ from transformers import (
 
 from csm_nb.codec import encode, pick_device
 from csm_nb.csm import DEPTH_TABLE, tie_codebooks
+from csm_nb.languages import LANGUAGES
 from csm_nb.mini_loop import describe_training, fit
 from csm_nb.provenance import hash_value, read_json, write_json
 from csm_nb.synth import VOICES, speak_text
@@ -80,13 +81,16 @@ def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int
     return model
 
 
-def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "en", split: str = "train",
-              takes: int = 1) -> list[dict]:
-    """Token rows (text, codes, speaker_id) of fresh espeak-ng speech: `sentences`, each by `takes` of the four voices."""
+def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "en", takes: int = 1) -> list[dict]:
+    """Token rows (text, codes, speaker_id) of espeak-ng's English reading training sentences of `language`.
+
+    Each sentence is read by `takes` of the four voices. Sentences of other languages are read as somebody reads them who
+    knows English only.
+    """
     rng, rows = np.random.default_rng(seed), []
-    for text in make_sentences(language, sentences, seed, split):
+    for text in make_sentences(language, sentences, seed):
         voices = rng.permutation(len(VOICES))[:takes]
-        wavs = [speak_text(text, language, VOICES[i]) for i in voices]
+        wavs = [speak_text(text, "en", VOICES[i]) for i in voices]
         with half_precision(codec.device.type):  # one by one: on a CPU that is faster than in batches
             codes = [encode(codec, [wav])[0] for wav in wavs]
         rows += [{"text": text, "codes": code, "speaker_id": VOICES[i].speaker_id} for i, code in zip(voices, codes, strict=True)]
@@ -101,8 +105,11 @@ def name_codebooks(codec: MimiModel) -> str:
 
 
 def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", sentences: int = 24_000,
-               takes: int = 2, batch: int = 16) -> None:
-    """Trains the base on English only and saves it with processor and codec to `out`, as a published CSM is laid out.
+               takes: int = 2, foreign: int = 3_000, batch: int = 16) -> None:
+    """Trains the base on English speech only and saves it with processor and codec to `out`, as a published CSM is laid out.
+
+    `sentences` of English, and `foreign` of each other language, read in English: English sentences have some 300 words,
+    which it would learn to read as words; with 3,000 words it learns letters, which is what an adapter goes on from.
 
     As many clips as it hears two or three times: with a third of them it learned them by heart (14,000 clips, seven
     times each: backbone loss .23 on them, 1.18 on held-out sentences).
@@ -117,6 +124,7 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
     pool = work / "rows.pt"
     if not pool.exists():
         rows = make_rows(codec.to(device), sentences, seed, takes=takes)
+        rows += [row for language in LANGUAGES if language != "en" for row in make_rows(codec, foreign, seed, language)]
         torch.save(rows, pool)
         print(f"{pool}: {len(rows)} clips spoken and encoded", flush=True)
     examples = sorted(build_examples(torch.load(pool, weights_only=False), processor), key=lambda e: len(e["codes"]))

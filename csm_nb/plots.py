@@ -90,7 +90,7 @@ def draw_spectrograms(clips, title: str = "", columns: int = 1, sample_rate: int
     columns = min(columns, len(clips))
     rows = -(-len(clips) // columns)
     figure, axes = make_figure(
-        rows, columns, 8.5 if columns == 1 else min(3.6 * columns, 12.5), 2.0 * rows + 0.6, sharex=True, sharey=True
+        rows, columns, 8.5 if columns == 1 else min(5.5 * columns, 12.5), 2.0 * rows + 0.6, sharex=True, sharey=True
     )
     levels = [compute_spectrogram(wav, sample_rate) if len(wav) else np.full((1, 1), -200.0) for _, wav in clips]
     loudest = max(level.max() for level in levels)
