@@ -1,18 +1,23 @@
-"""The Mimi codec: speech to codes and back, in batches that give the same codes as one clip alone."""
+"""The Mimi codec: speech to codes and back, clips in batches or a stream in chunks, the codes of each clip alone."""
 
 import json
 from collections import defaultdict
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import MimiConfig, MimiModel
+from transformers import DynamicCache, MimiConfig, MimiModel
+from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose1d
 
 from csm_nb.hub import ModelError, fetch_model
+from csm_nb.params import resolve_path
 
 # Seconds of audio in one batch at most; a longer clip is a batch of its own. A CPU works clip by clip: 16 clips of 2 s are
 # encoded at 51 x real time together and 75 x one by one, decoded at 64 and 127 (csm-mini, one core: out of its cache).
+# So does a full-size Mimi, by either backend: 8 clips of 2 s encoded at 11 together and 13 one by one, decoded at 11 and 16.
 BATCH_SECONDS = {"cpu": 2, "cuda": 60}
+BACKENDS = ("transformers", "moshi")
 _INSIDE_CSM = "codec_model."
 
 
@@ -23,28 +28,42 @@ def pick_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_codec(model, device: str = "cpu") -> MimiModel:
-    """Return the MimiModel of a folder or hub id, in float32 and eval mode; of a CSM model, the codec inside it.
+def load_codec(model, device: str = "cpu", backend: str = "transformers"):
+    """Return the Mimi of a folder, file or hub id, in float32 and eval mode; of a CSM model, the codec inside it.
 
-    Of a CSM checkpoint only the codec's tensors are read, so that its language model takes no memory. `device` may be
-    "auto". Raises hub.ModelError for a model that is not there, is neither Mimi nor CSM, or lacks codec weights.
+    By transformers (a MimiModel): a folder or hub id of Mimi or CSM, of which only the codec's tensors are read, so that
+    its language model takes no memory; a .safetensors file is taken for moshi's checkpoint and converted. By moshi (a
+    codec_moshi.MoshiCodec; a check on the other, no quicker): that file, a folder that holds one, or a hub id as
+    kyutai/moshiko-pytorch-bf16. Every function here takes either codec. `device` may be "auto". Raises hub.ModelError for
+    a model that is not there, is neither Mimi nor CSM, or lacks codec weights.
     """
+    if backend not in BACKENDS:
+        raise ModelError(f"backend: found {backend!r}; allowed are {' and '.join(map(repr, BACKENDS))}")
+    if backend == "moshi" or resolve_path(model).is_file():
+        from csm_nb.codec_moshi import load_converted, load_moshi
+
+        codec = load_moshi(model) if backend == "moshi" else load_converted(model)
+    else:
+        codec = _load_transformers(model)
+    return codec.float().to(pick_device(device)).eval().requires_grad_(False)
+
+
+def _load_transformers(model):
     path = fetch_model(model)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
     if kind == "mimi":
-        codec = MimiModel.from_pretrained(path, dtype=torch.float32)
-    elif kind == "csm":
-        codec = MimiModel(MimiConfig.from_dict(config["codec_config"]))
-        missing = codec.load_state_dict(_read_codec_weights(path), strict=False).missing_keys
-        if missing:
-            raise ModelError(
-                f"{model}: {len(missing)} codec weights are not in {path}/*.safetensors, {_INSIDE_CSM}{missing[0]} "
-                "first; fetch the model again, or set codec_model to kyutai/mimi"
-            )
-    else:
+        return MimiModel.from_pretrained(path, dtype=torch.float32)
+    if kind != "csm":
         raise ModelError(f"{model}: {path}/config.json says model_type {kind!r}; allowed are 'mimi' and 'csm'")
-    return codec.float().to(pick_device(device)).eval().requires_grad_(False)
+    codec = MimiModel(MimiConfig.from_dict(config["codec_config"]))
+    missing = codec.load_state_dict(_read_codec_weights(path), strict=False).missing_keys
+    if missing:
+        raise ModelError(
+            f"{model}: {len(missing)} codec weights are not in {path}/*.safetensors, {_INSIDE_CSM}{missing[0]} "
+            "first; fetch the model again, or set codec_model to kyutai/mimi"
+        )
+    return codec
 
 
 def _read_codec_weights(path):
@@ -57,13 +76,13 @@ def _read_codec_weights(path):
     return weights
 
 
-def frame_rate(codec: MimiModel) -> float:
+def frame_rate(codec) -> float:
     """Return how many frames of codes a codec makes a second (12.5 for Mimi)."""
     return codec.config.sampling_rate / codec.config.frame_size
 
 
 @torch.inference_mode()
-def encode(codec: MimiModel, wavs, num_codebooks: int | None = None) -> list[np.ndarray]:
+def encode(codec, wavs, num_codebooks: int | None = None) -> list[np.ndarray]:
     """Return the codes of each clip: uint16 of shape (frames, codebooks); `wavs` are float32 mono at the codec's rate.
 
     Each clip is filled up with zeros to whole frames, as moshi's own `MimiModel.encode` does, and clips of equally many
@@ -73,10 +92,7 @@ def encode(codec: MimiModel, wavs, num_codebooks: int | None = None) -> list[np.
     """
     _check_codebooks(codec, num_codebooks)
     size = codec.config.frame_size
-    wavs = [np.asarray(wav, dtype=np.float32) for wav in wavs]
-    for number, wav in enumerate(wavs):
-        if wav.ndim != 1 or len(wav) == 0 or not np.isfinite(wav).all():
-            raise ValueError(f"clip {number}: shape {wav.shape}, or NaN in it; allowed is one row of finite samples")
+    wavs = [_check_samples(f"clip {number}", wav) for number, wav in enumerate(wavs)]
     codes = [None] * len(wavs)
     for batch in _batch_equals(codec, [-(-len(wav) // size) for wav in wavs]):
         frames = -(-len(wavs[batch[0]]) // size)
@@ -89,20 +105,13 @@ def encode(codec: MimiModel, wavs, num_codebooks: int | None = None) -> list[np.
 
 
 @torch.inference_mode()
-def decode(codec: MimiModel, codes) -> list[np.ndarray]:
+def decode(codec, codes) -> list[np.ndarray]:
     """Return the speech of each array of codes (frames, codebooks): float32 mono, frames / frame_rate seconds long.
 
     Fewer codebooks than the codec has are allowed: the first ones, at lower quality. No frames give no samples. Raises
     ValueError for another shape or for a code that is not in the codebooks.
     """
-    codes = [np.asarray(code).astype(np.int64) for code in codes]
-    limit = codec.config.codebook_size
-    for number, code in enumerate(codes):
-        if code.ndim != 2:
-            raise ValueError(f"codes {number}: shape {code.shape}; allowed is (frames, codebooks)")
-        _check_codebooks(codec, code.shape[1])
-        if code.size and not 0 <= code.min() <= code.max() < limit:
-            raise ValueError(f"codes {number}: values from {code.min()} to {code.max()}; allowed are 0 to {limit - 1}")
+    codes = [_check_codes(codec, f"codes {number}", code) for number, code in enumerate(codes)]
     wavs = [np.zeros(0, np.float32)] * len(codes)
     for batch in _batch_equals(codec, [code.shape for code in codes]):
         if codes[batch[0]].size == 0:
@@ -113,9 +122,121 @@ def decode(codec: MimiModel, codes) -> list[np.ndarray]:
     return wavs
 
 
-def round_trip(codec: MimiModel, wav, num_codebooks: int | None = None) -> np.ndarray:
+def round_trip(codec, wav, num_codebooks: int | None = None) -> np.ndarray:
     """Return what is left of a clip after the codec: float32, exactly as long as `wav`, to be compared with it."""
     return decode(codec, encode(codec, [wav], num_codebooks))[0][: len(wav)]
+
+
+@torch.inference_mode()
+def encode_stream(codec, chunks, num_codebooks: int | None = None):
+    """Yield the codes of one clip that comes in chunks: for each, uint16 (frames, codebooks), together those of `encode`.
+
+    `chunks` are float32 mono at the codec's rate, of any length: samples that do not fill a frame wait for the next chunk,
+    so that some give no frames. What waits at the end is filled up with zeros and yielded last. Streams can go on side
+    by side. Raises ValueError as `encode` does, while it is iterated over.
+    """
+    _check_codebooks(codec, num_codebooks)
+    _check_causal(codec)
+    size, state, waiting = codec.config.frame_size, None, np.zeros(0, np.float32)
+    for number, chunk in enumerate(chunks):
+        waiting = np.concatenate([waiting, _check_samples(f"chunk {number}", chunk)])
+        whole = len(waiting) // size * size
+        codes, state = _encode_next(codec, waiting[:whole], num_codebooks, state)
+        waiting = waiting[whole:]
+        yield codes
+    if len(waiting):
+        yield _encode_next(codec, np.pad(waiting, (0, size - len(waiting))), num_codebooks, state)[0]
+
+
+@torch.inference_mode()
+def decode_stream(codec, chunks):
+    """Yield the speech of one clip whose codes come in chunks (frames, codebooks): float32 samples of each chunk's frames.
+
+    Together they are what `decode` gives, to rounding. Streams can go on side by side. Raises ValueError as `decode` does,
+    while it is iterated over.
+    """
+    _check_causal(codec)
+    state = None
+    for number, chunk in enumerate(chunks):
+        codes = _check_codes(codec, f"chunk {number}", chunk)
+        wav, state = _decode_next(codec, codes, state) if codes.size else (np.zeros(0, np.float32), state)
+        yield wav
+
+
+def _encode_next(codec, wav, num_codebooks, state):
+    """Codes (frames, codebooks) of the next whole frames of a stream, and the state after them; `state` is None at first."""
+    if len(wav) == 0:
+        return np.zeros((0, num_codebooks or codec.config.num_quantizers), np.uint16), state
+    values = torch.from_numpy(wav)[None, None].to(codec.device)
+    if isinstance(codec, MimiModel):
+        out = codec.encode(values, num_quantizers=num_codebooks, use_streaming=True, **(state or {}))
+        codes, state = out.audio_codes, {name: out[name] for name in ("encoder_past_key_values", "padding_cache")}
+    else:
+        state = state or codec.open_stream()
+        codes = codec.encode_next(values, num_codebooks, state)
+    return codes[0].T.cpu().numpy().astype(np.uint16), state
+
+
+def _decode_next(codec, codes, state):
+    """Samples of the next frames of a stream, and the state after them; `state` is None at first."""
+    codes = torch.from_numpy(codes.T.copy())[None].to(codec.device)
+    if isinstance(codec, MimiModel):
+        cache, past = state = state or (DynamicCache(config=codec.config), {})
+        with _carry_inputs(codec, past):
+            wav = codec.decode(codes, decoder_past_key_values=cache).audio_values
+    else:
+        state = state or codec.open_stream()
+        wav = codec.decode_next(codes, state)
+    return wav[0, 0].float().cpu().numpy(), state
+
+
+@contextmanager
+def _carry_inputs(codec, past):
+    """While open, the decoder's convolutions go on from their last inputs, in `past`, instead of from silence.
+
+    transformers carries them over for encoding alone (padding_cache); for decoding only attention has a cache.
+    """
+
+    def prepend(conv, inputs):
+        return (torch.cat([past[conv], inputs[0]], dim=-1),) if conv in past else inputs
+
+    def trim(conv, inputs, output):
+        hidden, kernel, stride = inputs[0], conv.conv.kernel_size[0], conv.conv.stride[0]
+        known = past[conv].shape[-1] if conv in past else 0
+        if reach := (kernel - 1) * conv.conv.dilation[0] // stride:  # no decoder convolution has dilation and stride
+            past[conv] = hidden[..., -reach:]
+        return output[..., known * output.shape[-1] // hidden.shape[-1] :]
+
+    convs = [m for part in (codec.upsample, codec.decoder) for m in part.modules()]
+    convs = [m for m in convs if isinstance(m, MimiConv1d | MimiConvTranspose1d)]
+    handles = [m.register_forward_pre_hook(prepend) for m in convs] + [m.register_forward_hook(trim) for m in convs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_samples(name, wav):
+    wav = np.asarray(wav, dtype=np.float32)
+    if wav.ndim != 1 or len(wav) == 0 or not np.isfinite(wav).all():
+        raise ValueError(f"{name}: shape {wav.shape}, or NaN in it; allowed is one row of finite samples")
+    return wav
+
+
+def _check_codes(codec, name, codes):
+    codes, limit = np.asarray(codes).astype(np.int64), codec.config.codebook_size
+    if codes.ndim != 2:
+        raise ValueError(f"{name}: shape {codes.shape}; allowed is (frames, codebooks)")
+    _check_codebooks(codec, codes.shape[1])
+    if codes.size and not 0 <= codes.min() <= codes.max() < limit:
+        raise ValueError(f"{name}: values from {codes.min()} to {codes.max()}; allowed are 0 to {limit - 1}")
+    return codes
+
+
+def _check_causal(codec):
+    if not codec.config.use_causal_conv or codec.config.trim_right_ratio != 1:
+        raise ValueError("this codec's convolutions look ahead (use_causal_conv, trim_right_ratio); it can not be streamed")
 
 
 def _check_codebooks(codec, num_codebooks):

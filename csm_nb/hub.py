@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from csm_nb.params import ROOT, resolve_path
@@ -50,10 +50,19 @@ def describe_model(name) -> str:
     What a reader has to know of a model before any figure (a miniature, synthetic speech, not for commercial use)
     stands in its card. A model without a card is named as such.
     """
-    card = fetch_model(name) / "README.md"
+    place = resolve_path(name)
+    card = (place.parent if place.is_file() else place if place.is_dir() else _fetch_card(name)) / "README.md"
     text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), flags=re.S) if card.is_file() else ""
     prose = [part for part in text.split("\n\n") if part.strip() and not part.lstrip().startswith(("#", "<", "!", "|"))]
     return f"{name}: {' '.join(prose[0].replace('**', '').split()) if prose else 'has no model card'}"
+
+
+def _fetch_card(name):
+    """The folder of a hub id's card, without the model: a repository may hold more than what is used of it."""
+    try:
+        return Path(hf_hub_download(str(name), "README.md", etag_timeout=5)).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
+        return fetch_model(name)  # which says what is wrong
 
 
 def _check_folder(folder, name):
