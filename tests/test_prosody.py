@@ -1,11 +1,14 @@
 """F0 and voicing are what was put in, and a decoded copy's errors are the errors that were made."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from csm_nb.audio import SAMPLE_RATE
 from csm_nb.prosody import (
     MEASURES,
+    METHODS,
     ProsodyError,
     compare_clip,
     find_pitch_range,
@@ -36,6 +39,30 @@ def test_f0_is_the_frequency_that_was_put_in(hertz):
     assert np.nanmedian(track.f0) == pytest.approx(hertz, rel=0.005)
 
 
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_other_trackers_find_the_same_melody_at_the_same_times(method):
+    if method == "torchcrepe":
+        pytest.importorskip("torchcrepe", reason="torchcrepe is not installed: uv pip install torchcrepe")
+    wav = np.concatenate([make_glide(), np.zeros(SAMPLE_RATE // 2, np.float32)])
+    praat, other = track_f0(wav, pitch_range=(100, 300)), track_f0(wav, pitch_range=(100, 300), method=method)
+    assert np.array_equal(praat.times, other.times)
+    assert np.mean(praat.voiced != other.voiced) < 0.05
+    both = praat.voiced & other.voiced
+    cents = 1200 * np.log2(other.f0[both] / praat.f0[both])
+    assert np.sqrt(np.mean(cents**2)) < 25
+    assert np.array_equal(other.hnr[both], praat.hnr[both]) and np.isnan(other.hnr[~both]).all()
+    again = track_f0(wav, pitch_range=(100, 300), method=method)
+    assert np.array_equal(again.f0, other.f0, equal_nan=True)
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_what_to_do(monkeypatch):
+    with pytest.raises(ProsodyError, match="'yin'; allowed are praat, pyin, torchcrepe"):
+        track_f0(make_glide(), method="yin")
+    monkeypatch.setitem(sys.modules, "torchcrepe", None)
+    with pytest.raises(ProsodyError, match="pip install torchcrepe"):
+        track_f0(make_glide(), method="torchcrepe")
+
+
 def test_noise_has_hardly_a_voice_and_silence_none():
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE)
     assert track_f0(noise).voiced.mean() < 0.1
@@ -57,7 +84,8 @@ def test_the_range_follows_the_speaker():
 def test_a_clip_is_equal_to_itself():
     measures = compare_clip(make_glide(), make_glide())
     assert measures.pop("reason") == ""
-    assert measures == pytest.approx({"f0_correlation": 1.0} | dict.fromkeys(MEASURES[1:], 0.0), abs=1e-6)
+    kept = {"f0_correlation": 1.0, "turns_kept_percent": 100.0, "h2_h1_error_st": 0.0}
+    assert measures == pytest.approx(dict.fromkeys(MEASURES, 0.0) | kept, abs=1e-6)
 
 
 def test_a_melody_a_semitone_higher_is_a_hundred_cents_off_and_still_correlates():
@@ -82,6 +110,7 @@ def test_a_flattened_melody_keeps_the_sound_and_loses_the_correlation():
     assert len(flat) == len(wav)
     measures = compare_clip(wav, flat)
     assert abs(measures["f0_correlation"]) < 0.5 and measures["f0_rmse_cents"] > 60
+    assert measures["turns_kept_percent"] < 50 and measures["h2_h1_error_st"] > 1
     assert np.nanstd(to_semitones(track_f0(flat).f0)) < 0.5 < np.nanstd(to_semitones(track_f0(wav).f0))
 
 
