@@ -1,12 +1,13 @@
 """The codec check: clips through the codec, measured beside controls, and a verdict by criteria stated before."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import soundfile
 
+from csm_nb import sounds
 from csm_nb.audio import SAMPLE_RATE, read_audio
 from csm_nb.codec import decode, encode
 from csm_nb.corpora import check_clips, load_corpus, read_manifest
@@ -14,10 +15,12 @@ from csm_nb.judge import bootstrap_interval
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.params import resolve_path
 from csm_nb.prosody import MEASURES, ProsodyError, compare_clip, find_pitch_range, flatten_f0, track_f0
+from csm_nb.stod import smooth_voicing
 from csm_nb.synth import HELD_OUT_VOICES, make_corpus
 from csm_nb.texts import make_sentences
 
 SHORT = 0.5  # s; shorter clips are taken only where there are not enough others
+FIGURES = ["median", "low", "high", "clips"]
 MIN_CLIPS = 10  # measured clips below which no verdict is given
 
 
@@ -48,10 +51,27 @@ CRITERIA = (
     Criterion("voicing", "vde_percent", "voicing errors (%)", "<=", 8),
 )
 LABELS = {c.measure: c.label for c in CRITERIA} | {
-    "mel_distance_db": "mel distance (dB)", "hnr_change_db": "change of HNR (dB)"
+    "mel_distance_db": "mel distance (dB)", "hnr_change_db": "change of HNR (dB)", "peak_shift_ms": "peaks shifted (ms)",
+    "valley_shift_ms": "valleys shifted (ms)", "turns_kept_percent": "turns kept (%)",
+    "h2_h1_error_st": "H2 - H1 error (semitones)", "accent_right": "accents told apart (%)",
+    "stod_retention": "stød retention", "stod_rise": "rise without stød (spreads)",
 }  # fmt: skip
-# Controls, and whether a sound check lets them pass.
-CONTROLS = {"identity": True, "Vorbis": True, "flat F0": False}
+# Controls, and what a sound check does with them: "passes" and "fails" by its criteria; "lowers" the first criterion's
+# measure, its interval below that of Vorbis.
+CONTROLS = {"identity": "passes", "Vorbis": "passes", "flat F0": "fails"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One set of clips that says something about a trait: what they are, what was measured (summarise), and the criteria.
+
+    `controls` maps the conditions that are controls to what a sound check does with them.
+    """
+
+    name: str
+    summary: pd.DataFrame
+    criteria: tuple = CRITERIA
+    controls: dict = field(default_factory=lambda: dict(CONTROLS))
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,8 @@ def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tup
 def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]:
     """Return each clip at each number of codebooks, and with `controls` unchanged, as poor Vorbis, and on one tone.
 
+    A clip with windows of stød also has its voicing smoothed.
+
     Raises AudioError for a clip that cannot be read (check_clips sets such ones aside) and ValueError for more
     codebooks than the codec has.
     """
@@ -138,7 +160,9 @@ def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]
     for row, wav, version, speaker in zip(rows, wavs, versions, speakers, strict=True):
         pitch_range, median = voices[speaker]
         if controls:
-            version |= {"identity": wav, "Vorbis": _pass_vorbis(wav), "flat F0": _flatten(wav, pitch_range)}
+            version |= {"identity": wav, "Vorbis": _pass_vorbis(wav), "flat F0": _flatten(flatten_f0, wav, pitch_range)}
+            if row.get("windows"):
+                version["smooth voicing"] = _flatten(smooth_voicing, wav, pitch_range)
         coded.append(CodedClip(row, wav, version, pitch_range, median))
     return coded
 
@@ -162,9 +186,9 @@ def _pass_vorbis(wav):
     return soundfile.read(buffer, dtype="float32")[0]
 
 
-def _flatten(wav, pitch_range):
+def _flatten(change, wav, pitch_range):
     try:
-        return flatten_f0(wav, pitch_range=pitch_range)
+        return change(wav, pitch_range=pitch_range)
     except ProsodyError:
         return wav  # too short to be measured at all; compare_clip says so
 
@@ -194,15 +218,18 @@ def list_unmeasured(measures: pd.DataFrame) -> pd.DataFrame:
     return grouped[["clip", "condition", "reason"]]
 
 
-def summarise(measures: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a condition and measure: median over clips, its 95 % bootstrap interval, number of clips."""
-    rows = []
+def summarise(measures: pd.DataFrame, names=MEASURES, statistic: str = "median") -> pd.DataFrame:
+    """Return one row a condition and measure: median over clips, its 95 % bootstrap interval, number of clips.
+
+    `statistic` "mean" takes the median's place (and column) where a clip is only right or wrong.
+    """
+    rows, statistic = [], getattr(np, statistic)
     for condition, part in measures.groupby("condition", sort=False):
-        for measure in MEASURES:
+        for measure in names:
             values = part[measure].to_numpy(float)
             values = values[np.isfinite(values)]
-            low, high = bootstrap_interval(values, np.median)
-            median = float(np.median(values)) if len(values) else np.nan
+            low, high = bootstrap_interval(values, statistic)
+            median = float(statistic(values)) if len(values) else np.nan
             rows.append((condition, measure, median, low, high, len(values)))
     return pd.DataFrame(rows, columns=["condition", "measure", "median", "low", "high", "clips"])
 
@@ -211,7 +238,7 @@ def tabulate(summary: pd.DataFrame) -> pd.DataFrame:
     """Return a summary as one reads it: a row a condition, a column a measure, "median (low to high)"."""
     text = [format_figure(row.median, row.low, row.high) for row in summary[["median", "low", "high"]].itertuples()]
     wide = summary.assign(text=text).pivot(index="condition", columns="measure", values="text")
-    wide = wide.loc[summary.condition.unique(), list(MEASURES)].rename(columns=LABELS)
+    wide = wide.loc[summary.condition.unique(), summary.measure.unique()].rename(columns=LABELS | sounds.LABELS)
     return wide.assign(clips=summary.groupby("condition").clips.max())
 
 
@@ -228,68 +255,69 @@ def format_figure(median: float, low: float, high: float) -> str:
 # Verdict
 
 
-def check_controls(summary: pd.DataFrame, criteria=CRITERIA) -> pd.DataFrame:
-    """Return, for each control, whether it should pass the criteria, whether its medians do, and so whether it behaves.
+def check_controls(evidence) -> pd.DataFrame:
+    """Return a row a set of clips and control: what it should do, what it does, and so whether it behaves.
 
     A check that fails an unchanged clip or passes a flattened melody measures something else: then there is no verdict.
     """
     rows = []
-    for name, expected in CONTROLS.items():
-        part = summary[summary.condition == name].set_index("measure")["median"]
-        broken = [c.label for c in criteria if not c.holds(part.get(c.measure, np.nan))]
-        rows.append({
-            "control": name, "should pass": expected, "passes": not broken, "fails on": ", ".join(broken),
-            "behaves": expected != bool(broken),
-        })  # fmt: skip
+    for part in evidence:
+        first = part.criteria[0].measure
+        figures = {name: group.set_index("measure") for name, group in part.summary.groupby("condition")}
+        for name, expected in part.controls.items():
+            medians = figures[name]["median"] if name in figures else pd.Series(dtype=float)
+            broken = [c.label for c in part.criteria if not c.holds(medians.get(c.measure, np.nan))]
+            found = "fails" if broken else "passes"
+            if expected == "lowers":
+                lower = name in figures and figures[name].high[first] < figures["Vorbis"].low[first]
+                found = "lowers" if lower else "does not lower"
+            rows.append({"clips": part.name, "control": name, "should": expected, "does": found,
+                         "fails on": ", ".join(broken), "behaves": found == expected})
     return pd.DataFrame(rows)
 
 
-def judge_codec(summary, codebooks: int, traits=(), criteria=CRITERIA, min_clips: int = MIN_CLIPS):
+def judge_codec(evidence, codebooks: int, min_clips: int = MIN_CLIPS):
     """Return (table, verdict) for a number of codebooks: a row a criterion; "go", "stop" or "unclear" for the codec.
 
     A row is go when the whole interval meets the criterion, stop when none of it does, else unclear; unclear as well
-    with fewer than `min_clips` measured clips. Pitch accent, among `traits` of the language, rests on the melody's
-    criteria; stød is listed as not measured yet. The codec is go when every row is, stop when one is, and unclear if a
-    control misbehaves, whatever the rows say.
+    with fewer than `min_clips` measured clips, or if a control of its evidence misbehaves, whatever the codec scored.
+    The codec is go when every row is, stop when one is.
     """
-    part = summary[summary.condition == name_condition(codebooks)].set_index("measure")
-    rows = []
-    for criterion in criteria:
-        median, low, high, clips = part.loc[criterion.measure, ["median", "low", "high", "clips"]]
-        holds = [criterion.holds(edge) for edge in (low, high)]
-        verdict = "go" if all(holds) else "unclear" if any(holds) else "stop"
-        if clips < min_clips:
-            verdict = f"unclear: {int(clips)} of {min_clips} clips"
-        trait = "pitch accent" if criterion.trait == "melody" and "pitch_accent" in traits else criterion.trait
-        rows.append((trait, criterion.label, str(criterion), median, low, high, int(clips), verdict))
-    if "stod" in traits:
-        rows.append(("stød", "stød retention", ">= 0.7", np.nan, np.nan, np.nan, 0, "unclear: not measured yet"))
-    columns = ["trait", "measure", "criterion", "median", "low", "high", "clips", "verdict"]
+    controls, rows = check_controls(evidence), []
+    for part in evidence:
+        figures = part.summary[part.summary.condition == name_condition(codebooks)].set_index("measure")
+        misbehaving = controls[(controls.clips == part.name) & ~controls.behaves].control.tolist()
+        for criterion in part.criteria:
+            known = criterion.measure in figures.index
+            median, low, high, clips = figures.loc[criterion.measure, FIGURES] if known else (np.nan, np.nan, np.nan, 0)
+            holds = [criterion.holds(edge) for edge in (low, high)]
+            verdict = "go" if all(holds) else "unclear" if any(holds) else "stop"
+            if clips < min_clips:
+                verdict = f"unclear: {int(clips)} of {min_clips} clips"
+            if misbehaving:
+                verdict = f"unclear: control {', '.join(misbehaving)} misbehaves"
+            rows.append((criterion.trait, part.name, criterion.label, str(criterion), median, low, high, int(clips), verdict))
+    columns = ["trait", "on", "measure", "criterion", "median", "low", "high", "clips", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
-    if not check_controls(summary, criteria).behaves.all():
-        return table, "unclear"
     verdicts = set(table.verdict)
     return table, "stop" if "stop" in verdicts else "go" if verdicts == {"go"} else "unclear"
 
 
-def describe_verdict(table, verdict: str, controls, language: str, codebooks: int, source: str) -> str:
+def describe_verdict(table, verdict: str, language: str, codebooks: int, source: str) -> str:
     """Return the verdict in words: for which language, codec setting and clips, and what decided it."""
-    if not controls.behaves.all():
-        why = f"these controls misbehave: {', '.join(controls[~controls.behaves].control)}"
-    else:
-        decisive = table if verdict == "go" else table[table.verdict.str.startswith(verdict)]
-        why = "; ".join(
-            f"{row.trait}: {row.measure} {format_figure(row.median, row.low, row.high)}, wanted {row.criterion}"
-            + (f" ({row.verdict.split(': ')[1]})" if ": " in row.verdict else "")
-            for row in decisive.itertuples()
-        )
+    decisive = table if verdict == "go" else table[table.verdict.str.startswith(verdict)]
+    why = "; ".join(
+        f"{row.trait} ({row.on}): {row.measure} {format_figure(row.median, row.low, row.high)}, wanted {row.criterion}"
+        + (f" ({row.verdict.split(': ')[1]})" if ": " in row.verdict else "")
+        for row in decisive.itertuples()
+    )
     return f"{get_language(language).name} through {name_condition(codebooks)}: {verdict}. {why}. On {source}."
 
 
 def list_metrics(table, measures, controls, set_aside, codebooks: int) -> dict:
     """Return what metrics.json keeps of a check: each gated median, the counts, the verdict table and the controls."""
-    medians = dict(zip(table.measure, table["median"], strict=True))
-    return {c.measure: medians[c.label] for c in CRITERIA} | {
+    labels = {label: measure for measure, label in LABELS.items()}
+    return {labels[row.measure]: row.median for row in table[::-1].itertuples()} | {
         "clips": measures.audio_path.nunique(), "codebooks": codebooks, "set_aside": len(set_aside),
         "table": table.to_dict("records"), "controls": controls.to_dict("records"),
     }  # fmt: skip

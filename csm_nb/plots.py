@@ -154,22 +154,46 @@ def draw_contours(clips, condition: str, columns: int = 3):
     return figure
 
 
-def draw_clip(clip, condition: str):
-    """Return a figure of one coded clip: F0 overlaid above, spectrograms of original and `condition` below."""
-    figure = _hand_over(plt.figure(figsize=(9.5, 5.2), dpi=100, layout="constrained"))
-    axes = figure.subplot_mosaic([["f0", "f0"], ["original", "decoded"]], height_ratios=[1, 1.2])
+def draw_clip(clip, condition: str, title: str = ""):
+    """Return a figure of one coded clip: F0 overlaid above, HNR below it, spectrograms of original and `condition` last.
+
+    The clip's windows of stød, where it has any, are shaded in all of them.
+    """
+    figure = _hand_over(plt.figure(figsize=(9.5, 6.6), dpi=100, layout="constrained"))
+    axes = figure.subplot_mosaic([["f0", "f0"], ["hnr", "hnr"], ["original", "decoded"]], height_ratios=[1.1, 0.7, 1.2])
     style_axes(axes.values())
     draw_f0_pair(clip, condition, axes["f0"])
     set_labels(axes["f0"], "melody", "", "F0 (semitones about\nthe speaker's median)")
+    draw_hnr_pair(clip, condition, axes["hnr"])
+    set_labels(axes["hnr"], "harmonics-to-noise ratio", "time (s)", "HNR (dB)")
     if axes["f0"].has_data():
-        figure.legend(*axes["f0"].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+        figure.legend(*axes["f0"].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     levels = {"original": compute_spectrogram(clip.original), "decoded": compute_spectrogram(clip.versions[condition])}
     loudest = max(level.max() for level in levels.values())
     for name, level in levels.items():
         draw_spectrogram(level, axes[name], loudest)
         set_labels(axes[name], "original" if name == "original" else condition, "time (s)", "frequency (kHz)")
-    figure.suptitle(clip.title, x=0.01, ha="left", fontsize=11, color=INK)
+    for start, end, stod in clip.row.get("windows") or []:
+        for name, ax in axes.items():
+            if stod and name in ("f0", "hnr"):
+                ax.axvspan(start, end, color=COLOURS[3], alpha=0.13, linewidth=0)
+            elif stod:  # on a dark ground edges are seen better than a shade
+                ax.vlines([start, end], 0, HIGHEST / 1000, color="white", linewidth=0.9, linestyle="--")
+    figure.suptitle(title or clip.title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
+
+
+def draw_hnr_pair(clip, condition: str, ax) -> None:
+    """Draw the harmonics-to-noise ratio (dB, Praat) of a coded clip and of one version of it; a gap where unvoiced."""
+    for wav, style in ((clip.original, {"color": GREY, "linewidth": 4.5, "alpha": 0.6}),
+                       (clip.versions[condition], {"color": COLOURS[1], "linewidth": 1.6})):
+        try:
+            track = track_f0(wav, pitch_range=clip.pitch_range)
+        except ProsodyError as error:
+            write_note(ax, str(error))
+            return
+        ax.plot(track.times, track.hnr, **style)
+    ax.set_xlim(0, len(clip.original) / SAMPLE_RATE)
 
 
 def shorten(text: str, length: int) -> str:
@@ -180,38 +204,46 @@ def shorten(text: str, length: int) -> str:
 # Results
 
 
-def draw_sweep(summary, criteria, controls=("identity", "Vorbis", "flat F0")):
+def draw_sweep(evidence):
     """Return a figure, a panel a criterion: medians with 95 % intervals at each number of codebooks, then the controls.
 
-    `summary` is fidelity.summarise's, `criteria` are fidelity.Criterion. The shaded side of the dashed line passes.
+    `evidence` is a list of fidelity.Evidence. The shaded side of the dashed line passes; where no line is drawn, nothing
+    could be measured.
     """
-    conditions = list(summary.condition.unique())
-    swept, controls = [c for c in conditions if c not in controls], [c for c in conditions if c in controls]
-    columns = min(2, len(criteria))
-    rows = -(-len(criteria) // columns)
-    figure, axes = make_figure(rows, columns, 5.4 * columns, 2.7 * rows)
-    places = [*range(len(swept)), *(len(swept) + 0.4 + i for i in range(len(controls)))]
-    names = [c.split()[0] for c in swept] + controls
-    for ax, criterion in zip(axes, criteria, strict=False):
-        part = summary[summary.measure == criterion.measure].set_index("condition")
-        for group, colour, line in ((swept, COLOURS[0], "-"), (controls, GREY, "")):
-            if group:
-                x = [places[conditions.index(c)] for c in group]
-                draw_medians(part.loc[group], x, ax, colour, line)
-        low, high = ax.get_ylim()
-        low = min(0, low) if criterion.measure != "f0_correlation" else low
-        low, high = min(low, criterion.limit), max(high, criterion.limit * 1.15)
-        passing = (criterion.limit, max(high, 1.02)) if criterion.sign == ">=" else (low, criterion.limit)
-        ax.axhspan(*passing, color=PASS, alpha=0.1, linewidth=0)
-        ax.axhline(criterion.limit, color=PASS, linestyle="--", linewidth=1)
-        ax.set_ylim(low, min(high, 1.06) if criterion.sign == ">=" else high)
-        ax.set_xticks(places, names)
-        ax.axvline(len(swept) - 0.3, color=LIGHT)
-        ax.grid(False, axis="x")
-        set_labels(ax, f"{criterion.label}, wanted {criterion}".replace(">=", "≥").replace("<=", "≤"))
-    for ax in axes[len(criteria) - columns : len(criteria)]:
+    panels = [(part, criterion) for part in evidence for criterion in part.criteria]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = make_figure(rows, columns, 5.8 * columns, 2.7 * rows)
+    for ax, (part, criterion) in zip(axes, panels, strict=False):
+        draw_criterion(part, criterion, ax)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    for ax in axes[len(panels) - columns : len(panels)]:
         ax.set_xlabel("number of codebooks, and controls", fontsize=9, color=INK)
     return figure
+
+
+def draw_criterion(part, criterion, ax) -> None:
+    """Draw one criterion's measure of one fidelity.Evidence at each number of codebooks, then its controls."""
+    conditions = [c for c in part.summary.condition.unique() if c in part.controls or "codebook" in c]
+    swept, controls = [c for c in conditions if c not in part.controls], [c for c in conditions if c in part.controls]
+    places = [*range(len(swept)), *(len(swept) + 0.4 + i for i in range(len(controls)))]
+    figures = part.summary[part.summary.measure == criterion.measure].set_index("condition")
+    for group, colour, line in ((swept, COLOURS[0], "-"), (controls, GREY, "")):
+        if group:
+            draw_medians(figures.loc[group], [places[(swept + controls).index(c)] for c in group], ax, colour, line)
+    low, high = ax.get_ylim()
+    low = min(0, low) if criterion.measure != "f0_correlation" else low
+    low, high = min(low, criterion.limit), max(high, criterion.limit * 1.15)
+    passing = (criterion.limit, high) if criterion.sign == ">=" else (low, criterion.limit)
+    ax.axhspan(*passing, color=PASS, alpha=0.1, linewidth=0)
+    ax.axhline(criterion.limit, color=PASS, linestyle="--", linewidth=1)
+    ax.set_ylim(low, high)
+    ax.set_xticks(places, [*(c.split()[0] for c in swept), *(c.replace(" ", "\n") for c in controls)])
+    ax.axvline(len(swept) - 0.3, color=LIGHT)
+    ax.grid(False, axis="x")
+    wanted = str(criterion).replace(">=", "≥").replace("<=", "≤")
+    set_labels(ax, f"{criterion.label}, wanted {wanted}" + (f"\n({part.name})" if part.name != "clips" else ""))
 
 
 def draw_medians(part, x, ax, colour: str, line: str = "-") -> None:

@@ -5,7 +5,7 @@ import functools
 import ipywidgets
 from IPython.display import display
 
-from csm_nb import audio, fidelity, plots
+from csm_nb import audio, fidelity, plots, traits
 from csm_nb.languages import get_language
 
 
@@ -15,6 +15,13 @@ def show_clip(row: dict, codec, codebooks: int) -> None:
     condition = fidelity.name_condition(codebooks)
     display(plots.draw_clip(clip, condition))
     display(audio.players([("original", clip.original), (condition, clip.versions[condition])]))
+
+
+def show_examples(coded: dict, table, condition: str) -> None:
+    """Show one word a trait (of traits.code_traits, picked by weigh_traits' table), before and after: figure, players."""
+    for name, clip in traits.pick_examples(coded, table).items():
+        display(plots.draw_clip(clip, condition, f"{name}: {clip.title}"))
+        display(audio.players([("original", clip.original), (condition, clip.versions[condition])]))
 
 
 def pick_clip(codec, recordings: str, language: str, codebooks, count: int, seed: int, out_dir) -> ipywidgets.VBox:

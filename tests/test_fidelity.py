@@ -24,8 +24,8 @@ def make_summary(clips: int = 12, spread: float = 0.0, **codec):
     ], columns=["condition", "measure", "median", "low", "high", "clips"])  # fmt: skip
 
 
-def judge(summary, traits=()):
-    return fidelity.judge_codec(summary, 8, traits)[1]
+def judge(summary):
+    return fidelity.judge_codec([fidelity.Evidence("clips", summary)], 8)[1]
 
 
 def test_a_codec_goes_only_when_every_interval_meets_its_criterion():
@@ -35,7 +35,7 @@ def test_a_codec_goes_only_when_every_interval_meets_its_criterion():
 
 
 def test_too_few_clips_are_unclear_and_never_a_go():
-    table, verdict = fidelity.judge_codec(make_summary(clips=9), 8)
+    table, verdict = fidelity.judge_codec([fidelity.Evidence("clips", make_summary(clips=9))], 8)
     assert verdict == "unclear" and table.verdict.str.contains("9 of 10 clips").all()
 
 
@@ -51,14 +51,33 @@ def test_a_control_that_misbehaves_makes_the_verdict_unclear_whatever_the_codec_
         chosen = (summary.condition == control) & (summary.measure == measure)
         summary.loc[chosen, ["median", "low", "high"]] = value
     assert judge(summary) == "unclear"
-    controls = fidelity.check_controls(summary)
+    controls = fidelity.check_controls([fidelity.Evidence("clips", summary)])
     assert controls[~controls.behaves].control.tolist() == [control]
 
 
 def test_a_trait_that_is_not_measured_keeps_the_codec_from_a_go():
-    assert judge(make_summary(), ("stod",)) == "unclear"
-    table, verdict = fidelity.judge_codec(make_summary(), 8, ("pitch_accent",))
-    assert verdict == "go" and (table.trait == "pitch accent").sum() == 3
+    nothing = pd.DataFrame(columns=["condition", "measure", "median", "low", "high", "clips"])
+    evidence = [fidelity.Evidence("clips", make_summary()), fidelity.Evidence("words", nothing)]
+    table, verdict = fidelity.judge_codec(evidence, 8)
+    assert verdict == "unclear" and set(table[table.on == "clips"].verdict) == {"go"}
+
+
+def test_a_control_that_misbehaves_speaks_against_its_own_clips_only():
+    broken = make_summary()
+    broken.loc[broken.condition == "flat F0", ["median", "low", "high"]] = np.nan
+    evidence = [fidelity.Evidence("clips", make_summary(f0_rmse_cents=80.0)), fidelity.Evidence("words", broken)]
+    evidence[1].summary.loc[lambda s: (s.condition == "identity") & (s.measure == "gpe_percent"), "median"] = 50
+    table, verdict = fidelity.judge_codec(evidence, 8)
+    assert verdict == "stop" and table[table.on == "words"].verdict.str.contains("identity misbehaves").all()
+
+
+def test_a_control_that_has_to_lower_a_measure_needs_an_interval_below_that_of_vorbis():
+    criteria = (fidelity.Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),)
+    for high, behaves in ((0.85, True), (0.95, False)):
+        rows = [("Vorbis", "stod_retention", 0.95, 0.9, 1.0, 12), ("smooth", "stod_retention", 0.5, 0.4, high, 12)]
+        summary = pd.DataFrame(rows, columns=["condition", "measure", "median", "low", "high", "clips"])
+        evidence = fidelity.Evidence("words", summary, criteria, {"smooth": "lowers"})
+        assert fidelity.check_controls([evidence]).behaves.tolist() == [behaves]
 
 
 def test_medians_and_intervals_are_over_clips_and_leave_out_what_was_not_measured():
@@ -76,7 +95,7 @@ def coded(tmp_path_factory):
 
 
 def test_controls_behave_on_speech(coded):
-    controls = fidelity.check_controls(fidelity.summarise(fidelity.measure_clips(coded)))
+    controls = fidelity.check_controls([fidelity.Evidence("clips", fidelity.summarise(fidelity.measure_clips(coded)))])
     assert controls.behaves.all(), controls
 
 

@@ -41,7 +41,7 @@ def test_any_clip_can_be_drawn(wav):
 
 def test_the_sweep_shades_the_side_that_passes():
     summary = make_summary()
-    figure = plots.draw_sweep(summary, fidelity.CRITERIA)
+    figure = plots.draw_sweep([fidelity.Evidence("clips", summary)])
     assert [ax.get_title(loc="left").split(", ")[0] for ax in figure.axes] == [c.label for c in fidelity.CRITERIA]
     assert "0.95" in figure.axes[0].get_title(loc="left")
 

@@ -1,0 +1,68 @@
+"""What the codec leaves of the sounds themselves: recogniser, language ID, and two measures of quality where installed."""
+
+import importlib.util
+
+import numpy as np
+import pandas as pd
+
+from csm_nb.audio import SAMPLE_RATE, resample
+from csm_nb.judge import character_error_rates, identify_languages, normalise_text, transcribe
+
+MEASURES = ("cer_percent", "right_language", "stoi", "pesq")
+LABELS = {"cer_percent": "CER (%)", "right_language": "language heard right (share)", "stoi": "STOI", "pesq": "PESQ-WB"}
+PACKAGES = {"stoi": "pystoi", "pesq": "pesq"}
+SHORTEST = 0.6  # s; STOI needs 30 frames that are not silent, PESQ a quarter of a second
+QUALITY_RATE = 16_000  # Hz; PESQ's wide band, and STOI looks no higher than 5 kHz
+
+
+def list_missing() -> str:
+    """Returns in words which of the optional packages are not installed, and how to install them; "" if none."""
+    missing = [name for name in PACKAGES.values() if importlib.util.find_spec(name) is None]
+    return f"not measured: {', '.join(missing)} not installed (make setup EXTRAS=quality)" if missing else ""
+
+
+def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
+    """Returns one row a coded clip (fidelity.CodedClip) and condition, the original first, with the MEASURES.
+
+    cer_percent: what `asr` writes against the text (NaN without text); on the original it is the recogniser's own error,
+    and what comes on top is the codec's. right_language: 1 where `lid` hears `language`, else 0. stoi (Taal et al. 2011)
+    and pesq (ITU-T P.862.2) compare with the original; NaN where their packages are not installed or a clip is too short.
+    """
+    rows = []
+    for condition in ("original", *conditions):
+        wavs = [clip.original if condition == "original" else clip.versions[condition] for clip in clips]
+        written, heard = transcribe(asr, wavs), identify_languages(lid, wavs)
+        for clip, wav, text, scores in zip(clips, wavs, written, heard, strict=True):
+            expected = str(clip.row.get("text") or "")
+            cer = 100 * float(character_error_rates([expected], [text])[0]) if normalise_text(expected) else np.nan
+            rows.append({
+                "clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition, "transcript": text,
+                "heard": max(scores, key=scores.get), "cer_percent": cer,
+                "right_language": float(max(scores, key=scores.get) == language), **measure_quality(clip.original, wav),
+            })
+    return pd.DataFrame(rows)
+
+
+def describe_ceiling(summary: pd.DataFrame) -> dict:
+    """Returns {condition: {measure: mean}} of summarised sounds, as metrics.json keeps it: what speech can reach at best."""
+    return {name: dict(zip(part.measure, part["median"].astype(float), strict=True))
+            for name, part in summary.groupby("condition", sort=False)}
+
+
+def measure_quality(original, decoded) -> dict:
+    """Returns {"stoi", "pesq"} of a decoded clip (24 kHz) against its original; NaN where they can not be had."""
+    quality = {"stoi": np.nan, "pesq": np.nan}
+    length = min(len(original), len(decoded))
+    if length < SHORTEST * SAMPLE_RATE or not np.any(original) or not np.any(decoded):
+        return quality
+    before, after = (resample(np.asarray(wav)[:length], SAMPLE_RATE, QUALITY_RATE) for wav in (original, decoded))
+    if importlib.util.find_spec("pystoi"):
+        from pystoi import stoi
+        quality["stoi"] = float(stoi(before, after, QUALITY_RATE))
+    if importlib.util.find_spec("pesq"):
+        from pesq import PesqError, pesq
+        try:
+            quality["pesq"] = float(pesq(QUALITY_RATE, before, after, "wb"))
+        except PesqError:  # it finds no speech in the clip
+            pass
+    return quality

@@ -1,0 +1,121 @@
+"""What a language lives on, beside its melody: clips that hold stød or tonal accent, and what the codec leaves of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from csm_nb import klatt, marks, stod
+from csm_nb.corpora import check_clips, load_corpus, read_manifest
+from csm_nb.fidelity import Criterion, Evidence, code_clips, measure_clips, name_clip, summarise, tabulate
+from csm_nb.languages import get_language
+from csm_nb.params import resolve_path
+from csm_nb.prosody import ProsodyError, to_semitones, track_f0
+
+# The project's starting gates. Stød that was taken out by construction is retained by .08 at most, Vorbis at its lowest
+# quality retains .93, and one spread is what windows without stød differ by among themselves.
+STOD = (Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),
+        Criterion("stød", "stod_rise", "rise without stød (spreads)", "<=", 0.5))
+ACCENT = (Criterion("pitch accent", "accent_right", "accents told apart (%)", ">=", 95),)
+STOD_WORDS, STOD_RECORDINGS, ACCENT_WORDS = "KlattGrid words with stød", "recorded words with stød", "KlattGrid words with accent"
+FEW_MARKED = 200  # recordings with known stød that are taken at most
+
+
+def list_criteria(language: str) -> tuple[Criterion, ...]:
+    """Returns the criteria of the traits that a language has."""
+    traits = get_language(language).traits
+    return STOD * ("stod" in traits) + ACCENT * (language in klatt.CONTOURS)
+
+
+def find_trait_clips(language: str, audio: str, marked: str, asr, seed: int, out_dir) -> tuple[dict[str, list], list[dict]]:
+    """Returns ({STOD_WORDS: rows, ...}, rows set aside with the `reason`) for the traits of a language.
+
+    Ground truth by KlattGrid always: stød words for a language with stød, words with accent 1 and 2 where their contours
+    are known (klatt.CONTOURS). With recordings (`audio`), also those whose stød is marked or labelled (marks.find_windows).
+    """
+    traits, found, set_aside = get_language(language).traits, {}, []
+    if "stod" in traits:
+        found[STOD_WORDS] = read_manifest(klatt.make_stod_corpus(Path(out_dir) / "klatt_stod"))
+    if "stod" in traits and audio:
+        rows = load_corpus(resolve_path(audio), language)
+        names = marks.read_marks(resolve_path(marked)) if marked else {}
+        known = [row for row in rows if "stod" in row or "windows" in row or Path(row["audio_path"]).stem in names]
+        known = [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:FEW_MARKED]]
+        good, bad = check_clips(known, need_text=False) if known else ([], [])
+        found[STOD_RECORDINGS], unmarked = marks.find_windows(good, names, asr)
+        set_aside = bad + unmarked
+    if "pitch_accent" in traits and language in klatt.CONTOURS:
+        found[ACCENT_WORDS] = read_manifest(klatt.make_accent_corpus(language, Path(out_dir) / "klatt_accent"))
+    return found, set_aside
+
+
+def code_traits(found: dict[str, list], codec, codebooks) -> dict[str, list]:
+    """Returns {name: coded clips} of find_trait_clips' rows, each at each number of codebooks and with its controls."""
+    return {name: code_clips(rows, codec, codebooks) for name, rows in found.items()}
+
+
+def weigh_traits(coded: dict[str, list]) -> tuple[list[Evidence], pd.DataFrame]:
+    """Returns ([Evidence, ...], table of every window or word and condition) of code_traits' clips, for the verdict."""
+    evidence, tables = [], []
+    for name, clips in coded.items():
+        if name != ACCENT_WORDS:
+            table = stod.measure_retention(stod.measure_windows(clips))
+            controls = {"identity": "passes", "Vorbis": "passes", "smooth voicing": "lowers"}
+            evidence.append(Evidence(name, summarise(table, stod.MEASURES), STOD, controls))
+        else:
+            table = measure_clips(clips).drop(columns="reason").merge(tell_accents(clips), on=["audio_path", "condition"])
+            measures = ("accent_right", "peak_shift_ms", "valley_shift_ms", "turns_kept_percent", "h2_h1_error_st")
+            controls = {"identity": "passes", "Vorbis": "passes", "flat F0": "fails"}
+            evidence.append(Evidence(name, summarise(table, measures, "mean"), ACCENT, controls))
+        tables.append(table.assign(evidence=name))
+    return evidence, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def tabulate_evidence(evidence: list[Evidence]) -> pd.DataFrame:
+    """Returns the figures of each set of clips as one reads them: a row a condition, a column a measure."""
+    tables = {part.name: tabulate(part.summary) for part in evidence}
+    return pd.concat(tables, names=["clips of"]).fillna("") if tables else pd.DataFrame()
+
+
+def list_unmeasured(table: pd.DataFrame, unmarked: list[dict]) -> pd.DataFrame:
+    """Returns which clips say nothing about a trait, and why: clip, reason."""
+    rows = [(name_clip(row), row["reason"]) for row in unmarked]
+    if len(table):
+        rows += table[table.reason != ""].drop_duplicates(["clip", "reason"])[["clip", "reason"]].values.tolist()
+    return pd.DataFrame(rows, columns=["clip", "reason"])
+
+
+def pick_examples(coded: dict[str, list], table: pd.DataFrame) -> dict:
+    """Returns {name: a coded clip to look at}: the one with most cues of stød by weigh_traits' table, or one with accent 2."""
+    if "cues" in table:
+        cues = table.groupby("audio_path").cues.first().fillna("").str.count(",")
+    return {
+        name: max(clips, key=lambda clip: clip.row.get("accent", 0) if name == ACCENT_WORDS else cues[clip.row["audio_path"]])
+        for name, clips in coded.items() if clips
+    }
+
+
+def tell_accents(clips) -> pd.DataFrame:
+    """Returns for each version of KlattGrid's accent words whether it is still its own accent: accent_right, 100 or 0.
+
+    It is right when its F0, in semitones, lies nearer to its original's than to that of the other accent by the same
+    voice at the same rate (`pair`), and wrong where F0 is lost. `reason` says of a word that it has no voice.
+    """
+    others = {(clip.row["pair"], clip.row["accent"]): clip.original for clip in clips}
+    rows = []
+    for clip in clips:
+        other = others[clip.row["pair"], 3 - clip.row["accent"]]
+        for condition, wav in clip.versions.items():
+            reason = ""
+            try:
+                own, wrong, heard = (to_semitones(track_f0(sound, pitch_range=clip.pitch_range).f0)
+                                     for sound in (clip.original, other, wav))
+            except ProsodyError as error:
+                own, wrong, heard, reason = np.zeros(1), np.zeros(1), np.full(1, np.nan), str(error)
+            length = min(map(len, (own, wrong, heard)))
+            distances = [np.sqrt(np.nanmean((heard[:length] - line[:length]) ** 2)) if np.isfinite(heard).any() else np.nan
+                         for line in (own, wrong)]
+            right = 100.0 if distances[0] < distances[1] else 0.0
+            rows.append({"audio_path": clip.row["audio_path"], "condition": condition, "accent_right": right,
+                         "reason": reason or ("" if np.isfinite(heard).any() else "no voice left")})
+    return pd.DataFrame(rows)
