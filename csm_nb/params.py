@@ -38,8 +38,9 @@ NOTEBOOKS = ROOT / "notebooks"
 STAGES = ("00_mimi_sanity", "01_anchor", "02_synthetic", "03_adapter", "04_confusion", "05_phonemes")
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
-MODELS = ("codec_model", "base_model", "lid_model", "asr_model")  # a folder, or the id of a model on the hub
+MODELS = ("codec_model", "base_model", "lid_model", "asr_model", "align_model")  # a folder, or the id of a model on the hub
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
+FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device")  # where a run happens; no part of what it computes
 
 
@@ -193,14 +194,16 @@ def find_inputs(params: dict) -> dict[str, dict]:
     inputs = {}
     for key in MODELS:
         if params.get(key):
-            folder = resolve_path(params[key])
-            path, digest = (show_path(folder), hash_folder(folder)) if folder.is_dir() else (params[key], params[key])
-            inputs[key] = {"path": path, "hash": digest}
+            place = resolve_path(params[key])
+            digest = hash_folder(place) if place.is_dir() else hash_file(place) if place.is_file() else params[key]
+            inputs[key] = {"path": show_path(place) if place.exists() else params[key], "hash": digest}
     for key in RECORDINGS:
         if params.get(key):
             inputs[key] = {"path": show_path(params[key]), "hash": hash_recordings(resolve_path(params[key]))}
-    if params.get("lexicon"):
-        inputs["lexicon"] = {"path": show_path(params["lexicon"]), "hash": hash_file(resolve_path(params["lexicon"]))}
+    for key in FILES:
+        if params.get(key):
+            path = resolve_path(params[key])
+            inputs[key] = {"path": show_path(path), "hash": hash_folder(path) if path.is_dir() else hash_file(path)}
     if params.get("init_adapter"):
         folder = _find_adapter(params["init_adapter"], params, inputs)
         inputs["init_adapter"] = {"path": show_path(folder), "hash": hash_folder(folder)}
@@ -308,6 +311,26 @@ def place_run(stage: str, params: dict) -> tuple[Path, dict]:
     return resolve_path(params["runs_dir"]) / params["language"] / stage / hash_run(stage, params, inputs), inputs
 
 
+def check_verdict(run: Run, ignore_verdict: bool) -> str:
+    """Return in words what 00_mimi_sanity said of the codec for this language, for a training stage to print.
+
+    Its newest complete run under `runs_dir` counts. Raises ParameterError on "stop", unless `ignore_verdict` is set: what
+    the codec loses, no training brings back.
+    """
+    runs = resolve_path(run.params["runs_dir"])
+    done = max(runs.glob(f"{run.language}/{STAGES[0]}/*/done.json"), key=os.path.getmtime, default=None)
+    if done is None:
+        return f"no verdict on the codec: {STAGES[0]} was not run for {run.language}"
+    verdict, record = read_json(done)["verdict"], read_json(done.with_name("run.json"))
+    said = f"{STAGES[0]} says {verdict} of {record['params']['codec_model']} ({show_path(done.parent)})"
+    if verdict != "stop":
+        return said
+    if not ignore_verdict:
+        raise ParameterError(f"{said}: what the codec loses, no training brings back. Look at its report; to train all the "
+                             "same, set ignore_verdict=true (make run SET='ignore_verdict=true')")
+    return f"{said}; ignore_verdict is set, so the training goes on with a codec that fails its check"
+
+
 def open_run(stage: str, namespace: dict) -> Run:
     """Return the run that a notebook's parameters ask for, its folder made and everything random seeded.
 
@@ -315,6 +338,7 @@ def open_run(stage: str, namespace: dict) -> Run:
     run.json with their inputs, the commit, versions and machine. Raises ParameterError.
     """
     import numpy as np
+    import pandas as pd
     import torch
 
     missing = [name for name in read_cell(stage) if name not in namespace]
@@ -333,6 +357,7 @@ def open_run(stage: str, namespace: dict) -> Run:
     random.seed(params["seed"])
     np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(params["seed"])
+    pd.set_option("display.max_colwidth", None)  # a reason that is cut off is none
     return Run(stage, params["language"], folder, params, inputs)
 
 
