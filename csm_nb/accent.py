@@ -56,7 +56,7 @@ def compare_accent(before, after) -> dict:
 
     peak_shift_ms, valley_shift_ms: median distance in time of the turns found in both, each matched once, nearest first, no
     further than 100 ms; half the prominence will do in the copy, so that a turn just large enough is not lost to a hair.
-    turns_kept_percent: how many of the original's are matched; in another clip of the same speaker it is some 45 %.
+    turns_kept_percent: how many of the original's are matched; in another clip of the same speaker 40 to 50 % are.
     h2_h1_error_st: by how many semitones the step from a peak to the next is off, mean over the original's. In a word with
     accent 2 it is H2 - H1, from word accent to focus or phrase accent (Bruce 1977). A peak that is gone from the copy has
     the height of its contour there, so that a flat copy is wrong by the whole step.

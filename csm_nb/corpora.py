@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.languages import get_language
 
 REQUIRED = ("text", "audio_path", "speaker_id", "language")
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+TELEPHONE = 8000  # Hz; a sample rate up to which sounds are missing, not only brilliance
+CLIPPING, CLIPPED_SHARE = 0.5, 0.005  # a clip is clipped where more of its samples than this lie at its peak
 SILENCE = 1e-3  # peak below which a clip counts as silent (-60 dBFS)
 
 
@@ -80,20 +84,44 @@ def _read_folder(folder, language):
     return rows
 
 
-def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_text: bool = True) -> tuple[list, list]:
+def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_text: bool = True,
+                need_one: bool = True) -> tuple[list, list]:
     """Return (good, set_aside): rows with their true `duration` in seconds, and rows with the `reason` against them.
 
     Reasons are missing or unreadable files, no text (with `need_text`), silence, too short and too long. One bad clip
-    stops nothing. Raises CorpusError, with the first reasons, when no clip is good.
+    stops nothing. Raises CorpusError, with the first reasons, when no clip is good (and `need_one`).
     """
     good, set_aside = [], []
     for row in rows:
         reason, duration = _find_fault(row, min_seconds, max_seconds, need_text)
         (set_aside.append(row | {"reason": reason}) if reason else good.append(row | {"duration": duration}))
-    if not good:
+    if need_one and not good:
         reasons = "; ".join(f"{Path(row['audio_path']).name}: {row['reason']}" for row in set_aside[:3])
         raise CorpusError(f"none of {len(set_aside)} clips can be used: {reasons or 'the corpus is empty'}")
     return good, set_aside
+
+
+def list_remarks(rows, set_aside) -> pd.DataFrame:
+    """Return what a reader has to know of clips (check_clips): audio_path, used or not, and the reason or remark.
+
+    Remarks on clips that are used: a sample rate that leaves nothing above 4 kHz, several channels, a level that was clipped.
+    """
+    bad = [{"audio_path": row["audio_path"], "used": False, "reason": row["reason"]} for row in set_aside]
+    odd = [{"audio_path": row["audio_path"], "used": True, "reason": "; ".join(found)} for row in rows
+           if (found := _find_flaws(row["audio_path"]))]
+    return pd.DataFrame(bad + odd, columns=["audio_path", "used", "reason"])
+
+
+def _find_flaws(path):
+    info, wav, flaws = soundfile.info(path), read_audio(path), []
+    if info.samplerate <= TELEPHONE:
+        flaws.append(f"{info.samplerate} Hz: nothing above {info.samplerate / 2000:g} kHz")
+    if info.channels > 1:
+        flaws.append(f"{info.channels} channels, averaged")
+    share = np.mean(np.abs(wav) >= 0.99 * max(np.abs(wav).max(), CLIPPING))
+    if share > CLIPPED_SHARE:
+        flaws.append(f"clipped: {share:.1%} of its samples at full scale")
+    return flaws
 
 
 def _find_fault(row, min_seconds, max_seconds, need_text):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from csm_nb import klatt, marks, stod
+from csm_nb import fidelity, klatt, marks, stod
 from csm_nb.corpora import check_clips, load_corpus, read_manifest
 from csm_nb.fidelity import Criterion, Evidence, code_clips, measure_clips, name_clip, summarise, tabulate
 from csm_nb.languages import get_language
@@ -41,7 +41,7 @@ def find_trait_clips(language: str, audio: str, marked: str, asr, seed: int, out
         names = marks.read_marks(resolve_path(marked)) if marked else {}
         known = [row for row in rows if "stod" in row or "windows" in row or Path(row["audio_path"]).stem in names]
         known = [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:FEW_MARKED]]
-        good, bad = check_clips(known, need_text=False) if known else ([], [])
+        good, bad = check_clips(known, need_text=False, need_one=False)
         found[STOD_RECORDINGS], unmarked = marks.find_windows(good, names, asr)
         set_aside = bad + unmarked
     if "pitch_accent" in traits and language in klatt.CONTOURS:
@@ -78,11 +78,9 @@ def tabulate_evidence(evidence: list[Evidence]) -> pd.DataFrame:
 
 
 def list_unmeasured(table: pd.DataFrame, unmarked: list[dict]) -> pd.DataFrame:
-    """Returns which clips say nothing about a trait, and why: clip, reason."""
-    rows = [(name_clip(row), row["reason"]) for row in unmarked]
-    if len(table):
-        rows += table[table.reason != ""].drop_duplicates(["clip", "reason"])[["clip", "reason"]].values.tolist()
-    return pd.DataFrame(rows, columns=["clip", "reason"])
+    """Returns which clips say nothing about a trait, in which condition, and why: clip, condition, reason."""
+    rows = pd.DataFrame([{"clip": name_clip(row), "condition": "all", "reason": row["reason"]} for row in unmarked])
+    return pd.concat([rows, fidelity.list_unmeasured(table)], ignore_index=True) if len(table) else rows
 
 
 def pick_examples(coded: dict[str, list], table: pd.DataFrame) -> dict:

@@ -93,8 +93,8 @@ def measure_cpp(wav, times, pitch_range, sample_rate: int = SAMPLE_RATE) -> np.n
 def measure_irregularity(wav, times, pitch_range, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Return |T(i) - T(i-1)| over their mean for the two periods that meet nearest to each of `times` (s).
 
-    Some 0.007 in a modal voice, up to 0.3 where it creaks; beyond that, or where two periods together repeat within
-    `pitch_range` (Hz), Praat takes them for one or none. Periods lie between Praat's pulses, found by comparing the waveform
+    Some 0.007 in a modal voice, 0.05 to 0.1 in a glide of 7 semitones within 50 ms, up to 0.3 where it creaks; beyond that,
+    or where two periods together repeat within `pitch_range` (Hz), Praat takes them for one or none. Periods lie between Praat's pulses, found by comparing the waveform
     of neighbouring ones (Boersma 2009: less moved by noise than peaks are), voiced or hardly so: noise counts as irregular,
     so read it where low_db says that there is a voice. NaN further than the longest period from three pulses in a row,
     which lie within two longest periods.

@@ -55,6 +55,12 @@ def test_other_trackers_find_the_same_melody_at_the_same_times(method):
     assert np.array_equal(again.f0, other.f0, equal_nan=True)
 
 
+def test_where_another_tracker_hears_no_voice_there_is_no_harmonicity(monkeypatch):
+    monkeypatch.setattr("csm_nb.prosody._run_pyin", lambda wav, floor, ceiling, times: np.where(times < 0.5, 180.0, np.nan))
+    track = track_f0(make_glide(), pitch_range=(100, 300), method="pyin")
+    assert np.array_equal(np.isfinite(track.hnr), track.times < 0.5)
+
+
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_what_to_do(monkeypatch):
     with pytest.raises(ProsodyError, match="'yin'; allowed are praat, pyin, torchcrepe"):
         track_f0(make_glide(), method="yin")

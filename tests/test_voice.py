@@ -51,6 +51,12 @@ def test_a_dip_is_as_deep_as_it_was_made_and_where_it_was_made(depth):
     assert half.mean() == pytest.approx(0.5, abs=0.004) and np.ptp(half) == pytest.approx(0.08, abs=0.012)
 
 
+def test_a_clip_played_backwards_has_its_levels_backwards():
+    wav, _ = make_pulses(0.008 + 0.003 * np.sin(np.arange(120) / 9))
+    wav = wav * (1 + np.sin(2 * np.pi * 7 * TIME)) ** 2
+    assert measure_low_band(wav[::-1], TIME[-1] - TIMES) == pytest.approx(measure_low_band(wav, TIMES), abs=0.1)
+
+
 def test_a_tone_has_its_level_within_the_band_and_hardly_any_outside():
     tone = lambda hertz: np.median(measure_low_band(0.5 * np.sin(2 * np.pi * hertz * TIME), TIMES))  # noqa: E731
     assert tone(200) == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.2)
@@ -125,6 +131,13 @@ def test_a_range_that_holds_two_periods_takes_alternating_pulses_for_even_ones()
     assert np.nanmedian(track.f0) == pytest.approx(1 / 0.018, rel=0.02)
     assert np.nanmedian(track_voice(wav, track).irregularity) < 0.01
     assert np.nanmedian(track_voice(wav, track, pitch_range=RANGE).irregularity) > 0.09
+
+
+def test_a_pause_between_two_stretches_of_voice_is_no_irregular_period():
+    periods = np.full(110, 0.009)
+    periods[50] = 0.04
+    values = measure_irregularity(make_pulses(periods)[0], TIMES, RANGE)
+    assert np.nanmax(values) < 0.1 and np.isfinite(values).mean() > 0.9
 
 
 def test_irregularity_is_missing_where_there_are_no_three_pulses():
