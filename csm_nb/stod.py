@@ -45,7 +45,7 @@ def measure_windows(clips) -> pd.DataFrame:
         for condition, wav in ({"original": clip.original} | clip.versions).items():
             try:
                 track = track_f0(wav, pitch_range=_widen(clip.pitch_range))
-                voice = track_voice(wav, track)
+                voice = track_voice(wav, track, pitch_range=clip.pitch_range)
             except ProsodyError:
                 track = voice = None
             for start, end, stod in clip.row.get("windows", []):

@@ -66,7 +66,7 @@ def measure_cpp(wav, times, pitch_range, sample_rate: int = SAMPLE_RATE) -> np.n
     The highest point of the cepstrum, in dB, among the periods of `pitch_range` (Hz), above the line fitted to the cepstrum
     from 1 ms on (Hillenbrand, Cleveland and Erickson 1994), the cepstrum smoothed in time and quefrency (Hillenbrand and
     Houde 1996): the CPPS, in windows short enough for a syllable. Noise has some 7 dB, being the highest of many values,
-    recorded voices 13 to 20, a vowel without any noise 25 and more. NaN in digital silence.
+    recorded voices 12 to 20, a vowel without any noise 25 and more. NaN in digital silence.
     """
     size = round(CEPSTRUM_WINDOW * sample_rate)
     padded = np.pad(np.asarray(wav, dtype=np.float32), size)
@@ -94,10 +94,10 @@ def measure_irregularity(wav, times, pitch_range, sample_rate: int = SAMPLE_RATE
     """Return |T(i) - T(i-1)| over their mean for the two periods that meet nearest to each of `times` (s).
 
     Some 0.007 in a modal voice, 0.05 to 0.1 in a glide of 7 semitones within 50 ms, up to 0.3 where it creaks; beyond that,
-    or where two periods together repeat within `pitch_range` (Hz), Praat takes them for one or none. Periods lie between Praat's pulses, found by comparing the waveform
-    of neighbouring ones (Boersma 2009: less moved by noise than peaks are), voiced or hardly so: noise counts as irregular,
-    so read it where low_db says that there is a voice. NaN further than the longest period from three pulses in a row,
-    which lie within two longest periods.
+    or where two periods together repeat within `pitch_range` (Hz), Praat takes them for one or none. Periods lie between
+    Praat's pulses, found by comparing the waveform of neighbouring ones (Boersma 2009: less moved by noise than peaks are),
+    voiced or hardly so: noise counts as irregular, so read it where low_db says that there is a voice. NaN further than the
+    longest period from three pulses in a row, which lie within two longest periods.
     """
     floor, ceiling = pitch_range
     sound = parselmouth.Sound(np.asarray(wav, dtype=np.float64), sample_rate)
