@@ -187,7 +187,9 @@ only English: it proves the workbook, and says nothing about CSM-1B or about peo
 
 The classes and the layout of the folder are those of `sesame/csm-1b` (CsmForConditionalGeneration, MimiModel,
 CsmProcessor with chat template); one token is one character. The checkpoint holds one of the two tied codebook tables,
-as a published one may: tie the other after loading (`csm_nb.csm.load_base` does). Speakers 0 to 3.
+as a published one may: tie the other after loading (`csm_nb.csm.load_base` does). Speakers 0 to 3. All it has heard is
+espeak-ng's English voices; they read English sentences and, so that it learned letters, training sentences of the other
+languages too, as somebody does who knows English only.
 {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB, float16 on disk, to be run in float32.
 
 Made by {_describe_training(training["codec"], "codec")}; then
