@@ -322,7 +322,7 @@ def check_verdict(run: Run, ignore_verdict: bool) -> str:
     if done is None:
         return f"no verdict on the codec: {STAGES[0]} was not run for {run.language}"
     verdict, record = read_json(done)["verdict"], read_json(done.with_name("run.json"))
-    said = f"{STAGES[0]} says {verdict} of {record['params']['codec_model']} ({show_path(done.parent)})"
+    said = f"{STAGES[0]} says {verdict} of {record['params'].get('codec_model')} ({show_path(done.parent)})"
     if verdict != "stop":
         return said
     if not ignore_verdict:

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, write_audio
-from csm_nb.corpora import CorpusError, check_clips, load_corpus, read_manifest, write_manifest
+from csm_nb.corpora import CorpusError, check_clips, list_remarks, load_corpus, read_manifest, write_manifest
 
 TONE = 0.1 * np.sin(np.arange(SAMPLE_RATE) * 0.05).astype(np.float32)
 
@@ -92,6 +93,18 @@ def test_every_kind_of_bad_clip_is_set_aside_with_its_reason(tmp_path):
     assert [row["duration"] for row in good] == [1.0]
     for row, reason in zip(set_aside, ("no such", "not readable", "no text", "silent", "0.10 s", "31.00 s"), strict=True):
         assert reason in row["reason"]
+
+
+def test_what_is_odd_about_a_clip_that_is_used_is_said(tmp_path):
+    soundfile.write(tmp_path / "telephone.wav", TONE[::3], 8000)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([TONE, 0.5 * TONE], 1), SAMPLE_RATE)
+    write_audio(tmp_path / "clipped.wav", np.clip(30 * TONE, -1, 1))
+    rows = [make_row(write_audio(tmp_path / "good.wav", TONE))]
+    rows += [make_row(tmp_path / f"{name}.wav") for name in ("telephone", "stereo", "clipped")]
+    remarks = list_remarks(rows, [make_row(tmp_path / "gone.wav") | {"reason": "no such audio file"}])
+    assert remarks.used.tolist() == [False, True, True, True]
+    for reason, said in zip(remarks.reason, ("no such", "nothing above 4 kHz", "2 channels", "full scale"), strict=True):
+        assert said in reason
 
 
 def test_text_is_not_needed_where_nothing_is_learned_from_it(tmp_path):
