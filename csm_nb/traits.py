@@ -12,8 +12,8 @@ from csm_nb.languages import get_language
 from csm_nb.params import resolve_path
 from csm_nb.prosody import ProsodyError, to_semitones, track_f0
 
-# The project's starting gates. Stød that was taken out by construction is retained by .08 at most, Vorbis at its lowest
-# quality retains .93, and one spread is what windows without stød differ by among themselves.
+# The project's starting gates. Stød that was taken out by construction is retained by .14 at most, Vorbis at its lowest
+# quality retains .90 to .95, and one spread is what windows without stød differ by among themselves.
 STOD = (Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),
         Criterion("stød", "stod_rise", "rise without stød (spreads)", "<=", 0.5))
 ACCENT = (Criterion("pitch accent", "accent_right", "accents told apart (%)", ">=", 95),)
