@@ -14,7 +14,7 @@ from csm_nb.corpora import check_clips, load_corpus, read_manifest
 from csm_nb.judge import bootstrap_interval
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.params import resolve_path
-from csm_nb.prosody import MEASURES, ProsodyError, compare_clip, find_pitch_range, flatten_f0, track_f0
+from csm_nb.prosody import MEASURES, METHODS, ProsodyError, compare_clip, find_pitch_range, flatten_f0, track_f0
 from csm_nb.stod import smooth_voicing
 from csm_nb.synth import HELD_OUT_VOICES, make_corpus
 from csm_nb.texts import make_sentences
@@ -160,9 +160,9 @@ def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]
     for row, wav, version, speaker in zip(rows, wavs, versions, speakers, strict=True):
         pitch_range, median = voices[speaker]
         if controls:
-            version |= {"identity": wav, "Vorbis": _pass_vorbis(wav), "flat F0": _flatten(flatten_f0, wav, pitch_range)}
+            version |= {"identity": wav, "Vorbis": _pass_vorbis(wav), "flat F0": _try_change(flatten_f0, wav, pitch_range)}
             if row.get("windows"):
-                version["smooth voicing"] = _flatten(smooth_voicing, wav, pitch_range)
+                version["smooth voicing"] = _try_change(smooth_voicing, wav, pitch_range)
         coded.append(CodedClip(row, wav, version, pitch_range, median))
     return coded
 
@@ -186,7 +186,7 @@ def _pass_vorbis(wav):
     return soundfile.read(buffer, dtype="float32")[0]
 
 
-def _flatten(change, wav, pitch_range):
+def _try_change(change, wav, pitch_range):
     try:
         return change(wav, pitch_range=pitch_range)
     except ProsodyError:
@@ -202,11 +202,17 @@ def list_sounds(clip: CodedClip, codebooks) -> list[tuple[str, np.ndarray]]:
 # Measures
 
 
-def measure_clips(clips) -> pd.DataFrame:
-    """Return one row a coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN."""
+def measure_clips(clips, method: str = "praat") -> pd.DataFrame:
+    """Return one row a coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN.
+
+    `method` is the F0 tracker, one of prosody.METHODS: a finding that another one shares is not the tracker's.
+    Raises ProsodyError for another name.
+    """
+    if method not in METHODS:
+        raise ProsodyError(f"f0_method is {method!r}; allowed are {', '.join(METHODS)}")
     return pd.DataFrame([
         {"clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition}
-        | compare_clip(clip.original, version, pitch_range=clip.pitch_range)
+        | compare_clip(clip.original, version, pitch_range=clip.pitch_range, method=method)
         for clip in clips for condition, version in clip.versions.items()
     ])  # fmt: skip
 

@@ -8,6 +8,7 @@ from csm_nb import fidelity
 from csm_nb.audio import SAMPLE_RATE, write_audio
 from csm_nb.codec import load_codec
 from csm_nb.corpora import CorpusError, write_manifest
+from csm_nb.prosody import ProsodyError
 from csm_nb.synth import speak_text
 
 GOOD = {"f0_correlation": 0.99, "f0_rmse_cents": 10.0, "gpe_percent": 0.5, "vde_percent": 2.0, "mel_distance_db": 3.0,
@@ -104,6 +105,11 @@ def test_every_version_is_as_long_as_the_clip_and_more_codebooks_are_nearer(code
     measures = fidelity.measure_clips(coded).set_index("condition").mel_distance_db
     assert measures["identity"].max() == 0
     assert measures["8 codebooks"].mean() < measures["1 codebook"].mean()
+
+
+def test_an_unknown_f0_tracker_is_refused_with_those_there_are(coded):
+    with pytest.raises(ProsodyError, match="'yin'; allowed are praat, pyin"):
+        fidelity.measure_clips(coded, "yin")
 
 
 def test_bad_clips_are_set_aside_with_reasons_and_the_others_are_measured(tmp_path):

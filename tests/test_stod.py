@@ -1,7 +1,5 @@
 """Stød is followed through a codec by what each window itself has of it, and by nothing that it has not."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -99,7 +97,3 @@ def test_accents_are_told_apart_by_their_contours_and_a_flat_one_tells_nothing(t
 def test_an_unknown_cue_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="'hiccup'.*F0 dip"):
         klatt.make_stod_word("m", 95.0, cues=("hiccup",))
-
-
-def test_metrics_of_windows_can_be_written_as_json(retention):
-    json.dumps(retention.to_dict("records"))
