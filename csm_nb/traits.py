@@ -99,21 +99,24 @@ def tell_accents(clips) -> pd.DataFrame:
     It is right when its F0, in semitones, lies nearer to its original's than to that of the other accent by the same
     voice at the same rate (`pair`), and wrong where F0 is lost. `reason` says of a word that it has no voice.
     """
-    others = {(clip.row["pair"], clip.row["accent"]): clip.original for clip in clips}
+    def track(wav, clip):
+        try:
+            return to_semitones(track_f0(wav, pitch_range=clip.pitch_range).f0)
+        except ProsodyError:
+            return np.full(1, np.nan)
+
+    def distance(heard, line):
+        length = min(len(heard), len(line))
+        squares = (heard[:length] - line[:length]) ** 2
+        return np.sqrt(np.nanmean(squares)) if np.isfinite(squares).any() else np.nan
+
+    lines = {(clip.row["pair"], clip.row["accent"]): track(clip.original, clip) for clip in clips}
     rows = []
     for clip in clips:
-        other = others[clip.row["pair"], 3 - clip.row["accent"]]
+        own, other = (lines[clip.row["pair"], accent] for accent in (clip.row["accent"], 3 - clip.row["accent"]))
         for condition, wav in clip.versions.items():
-            reason = ""
-            try:
-                own, wrong, heard = (to_semitones(track_f0(sound, pitch_range=clip.pitch_range).f0)
-                                     for sound in (clip.original, other, wav))
-            except ProsodyError as error:
-                own, wrong, heard, reason = np.zeros(1), np.zeros(1), np.full(1, np.nan), str(error)
-            length = min(map(len, (own, wrong, heard)))
-            distances = [np.sqrt(np.nanmean((heard[:length] - line[:length]) ** 2)) if np.isfinite(heard).any() else np.nan
-                         for line in (own, wrong)]
-            right = 100.0 if distances[0] < distances[1] else 0.0
-            rows.append({"audio_path": clip.row["audio_path"], "condition": condition, "accent_right": right,
-                         "reason": reason or ("" if np.isfinite(heard).any() else "no voice left")})
+            heard = track(wav, clip)
+            rows.append({"audio_path": clip.row["audio_path"], "condition": condition,
+                         "accent_right": 100.0 if distance(heard, own) < distance(heard, other) else 0.0,
+                         "reason": "" if np.isfinite(heard).any() else "no voice left"})
     return pd.DataFrame(rows)
