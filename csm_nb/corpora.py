@@ -24,7 +24,8 @@ class CorpusError(ValueError):
 def read_manifest(path) -> list[dict]:
     """Return the rows of a manifest.jsonl, audio_path made absolute (relative ones start at the manifest's folder).
 
-    Every field is kept. Raises CorpusError for a missing file, a line that is no JSON object, or a missing field.
+    Every field is kept. Raises CorpusError for a missing file, a line that is no JSON object, or a field that is missing or
+    null (a null text is a clip without one, for check_clips to set aside).
     """
     path = Path(path)
     if not path.is_file():
@@ -37,9 +38,13 @@ def read_manifest(path) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CorpusError(f"{path}: line {number} is no JSON ({error})") from error
-        lacking = [field for field in REQUIRED if not isinstance(row, dict) or field not in row]
+        row = row if isinstance(row, dict) else {}
+        lacking = [field for field in REQUIRED if field not in row or row[field] is None and field != "text"]
         if lacking:
-            raise CorpusError(f"{path}: line {number} lacks {', '.join(lacking)}; every line needs {', '.join(REQUIRED)}")
+            raise CorpusError(f"{path}: line {number} lacks {', '.join(lacking)}; found are {', '.join(row) or 'no fields'}, and "
+                              f"every line needs {', '.join(REQUIRED)}")
+        if not isinstance(row["audio_path"], str):
+            raise CorpusError(f"{path}: line {number} has {row['audio_path']!r} as audio_path; allowed is the path of a file")
         rows.append(row | {"audio_path": str((path.parent / row["audio_path"]).resolve())})
     return rows
 

@@ -54,7 +54,9 @@ def test_an_unknown_language_is_an_error_that_lists_the_known_ones(manifest):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("{broken", "line 2 is no JSON"), ("[1]", "line 2 lacks text"),
-    ('{"text": "x"}', "line 2 lacks audio_path, speaker_id, language"),
+    ('{"text": "x"}', "line 2 lacks audio_path, speaker_id, language; found are text, and every line needs text, audio_path"),
+    ('{"text": "x", "audio_path": null, "speaker_id": "a", "language": null}', "line 2 lacks audio_path, language"),
+    ('{"text": "x", "audio_path": 5, "speaker_id": "a", "language": "da"}', "line 2 has 5 as audio_path; allowed is the path"),
 ])
 def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
     path = tmp_path / "manifest.jsonl"
@@ -93,6 +95,21 @@ def test_every_kind_of_bad_clip_is_set_aside_with_its_reason(tmp_path):
     assert [row["duration"] for row in good] == [1.0]
     for row, reason in zip(set_aside, ("no such", "not readable", "no text", "silent", "0.10 s", "31.00 s"), strict=True):
         assert reason in row["reason"]
+
+
+def test_a_clip_longer_than_the_limit_that_was_given_is_set_aside(tmp_path):
+    rows = [make_row(write_audio(tmp_path / f"{s}.wav", np.tile(TONE, s))) for s in (1, 2, 31)]
+    for limit, kept in ((1.5, 1), (2.0, 2), (40.0, 3)):
+        good, set_aside = check_clips(rows, max_seconds=limit)
+        assert len(good) == kept and all(f"allowed are 0.3 to {limit:g} s" in row["reason"] for row in set_aside)
+
+
+def test_a_clip_whose_text_is_null_stops_no_corpus(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    rows = [make_row(write_audio(tmp_path / "a.wav", TONE), text=text) for text in (None, "Hej.")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good, set_aside = check_clips(read_manifest(path))
+    assert len(good) == 1 and [row["reason"] for row in set_aside] == ["no text"]
 
 
 def test_what_is_odd_about_a_clip_that_is_used_is_said(tmp_path):

@@ -1,26 +1,36 @@
 """A base model that is loaded right, and adapters that go where they belong."""
 
+import importlib.machinery
 import json
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CsmForConditionalGeneration
 
 from csm_nb.csm import (
     BACKBONE_TABLE,
     DEPTH_TABLE,
+    NOT_QUANTISED,
     AdapterError,
+    BaseModelError,
     add_adapter,
     check_base,
+    describe_adapter,
     encode_text,
     load_adapter,
     load_base,
     save_adapter,
+    save_base,
+    save_full,
     start_adapter,
     tie_codebooks,
+    train_fully,
 )
 from csm_nb.params import ROOT
 
@@ -49,6 +59,86 @@ def test_the_shipped_checkpoint_holds_one_codebook_table_and_loads_with_both_tie
     assert torch.equal(model.depth_decoder.model.embed_tokens.weight, stored)
 
 
+def test_the_codec_keeps_every_digit_where_the_language_model_is_bfloat16():
+    model, _ = load_base("models/csm-mini", "cpu", torch.bfloat16)
+    whole, _ = load_base("models/csm-mini", "cpu")
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    for name, value in whole.codec_model.state_dict().items():
+        assert torch.equal(model.codec_model.state_dict()[name], value), name
+
+
+def test_what_needs_a_gpu_is_refused_without_one_and_says_what_is_allowed():
+    with pytest.raises(BaseModelError, match="four_bit was asked for on 'cpu'.*set four_bit to false"):
+        load_base("models/csm-mini", "cpu", four_bit=True)
+    with pytest.raises(BaseModelError, match="backend 'unsloth' was asked for on 'cpu'.*'transformers'"):
+        load_base("models/csm-mini", "cpu", backend="unsloth")
+    with pytest.raises(BaseModelError, match="backend is 'vllm'; allowed are 'transformers' and 'unsloth'"):
+        load_base("models/csm-mini", "cpu", backend="vllm")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a GPU, and puts what should go there into its memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(CsmForConditionalGeneration, "to", lambda model, device: model)
+
+
+def test_four_bit_takes_the_layers_of_both_decoders_and_nothing_else(gpu, monkeypatch):
+    load, asked = CsmForConditionalGeneration.from_pretrained, {}
+    monkeypatch.setattr(CsmForConditionalGeneration, "from_pretrained", lambda path, **options: (
+        asked.update(options), load(path, **options | {"device_map": {"": "cpu"}}))[1])  # bitsandbytes works on a CPU, slowly
+    model, processor = load_base("models/csm-mini", four_bit=True)
+    settings = asked["quantization_config"]
+    assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4" and asked["device_map"] == {"": 0}
+    assert settings.bnb_4bit_compute_dtype == asked["dtype"] == torch.bfloat16
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert quantised == {name for name in linear if re.match(r"(backbone_model|depth_decoder\.model)\.layers\.", name)}
+    assert all(check_base(model, processor, ["Hei."]).values())
+    with pytest.raises(BaseModelError, match="4 bits can not be trained fully"):
+        train_fully(model)
+    adapted = add_adapter(model, 4, 8, 0.0)
+    embeds = torch.randn(1, 9, model.config.hidden_size, dtype=torch.bfloat16)
+    labels = torch.ones(1, 9, model.config.num_codebooks, dtype=torch.long)
+    adapted(inputs_embeds=embeds, labels=labels).loss.backward()
+    assert all(value.grad is not None for name, value in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_what_is_kept_out_of_4_bits_is_named_as_the_model_names_it():
+    model, _ = load_base("models/csm-mini", "cpu")
+    assert set(NOT_QUANTISED) <= {name for name, _ in model.named_modules()}
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    with pytest.raises(BaseModelError, match="needs the package unsloth.*make setup EXTRAS=gpu"):
+        load_base("models/csm-mini", backend="unsloth")
+
+
+def test_unsloth_is_asked_for_the_same_model_and_its_codebook_table_is_the_stored_one(gpu, monkeypatch):
+    asked = {}
+
+    class FastModel:
+        @staticmethod
+        def from_pretrained(model_name, **options):
+            asked.update(options)
+            model = CsmForConditionalGeneration.from_pretrained(model_name, dtype=torch.bfloat16)
+            model.backbone_model.embed_tokens.embed_audio_tokens.weight = model.depth_decoder.model.embed_tokens.weight
+            return model, None  # tied as Unsloth ties them: here to the one that the checkpoint lacks
+
+    unsloth = types.ModuleType("unsloth")
+    unsloth.__spec__, unsloth.FastModel = importlib.machinery.ModuleSpec("unsloth", None), FastModel
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
+    model, processor = load_base("models/csm-mini", four_bit=True, backend="unsloth")
+    stored = load_file(MINI / "model.safetensors")[BACKBONE_TABLE].bfloat16()
+    assert torch.equal(model.depth_decoder.model.embed_tokens.weight, stored) and all(check_base(model, processor).values())
+    assert asked["auto_model"] is CsmForConditionalGeneration and asked["max_seq_length"] == 2048
+    assert asked["load_in_4bit"] and asked["quantization_config"].llm_int8_skip_modules == list(NOT_QUANTISED)
+    load_base("models/csm-mini", backend="unsloth", dtype=torch.float16)
+    assert not asked["load_in_4bit"] and asked["dtype"] == torch.float16
+
+
 def test_a_checkpoint_without_codebook_tables_is_refused():
     model, _ = load_base("models/csm-mini", "cpu")
     with pytest.raises(ValueError, match="neither"):
@@ -71,21 +161,99 @@ def test_adapter_sits_on_both_decoders_and_leaves_the_codec_untouched(adapter):
     assert any("embed_text_tokens" in name for name in names)  # a trained text table is saved with it
 
 
-def test_saved_adapter_loads_with_transformers_and_peft_alone_and_changes_what_is_said(adapter):
-    code = f"""
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A fully trained model in a folder, and the weights that it was trained to."""
+    torch.manual_seed(0)
+    model, processor = load_base("models/csm-mini", "cpu")
+    train_fully(model)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.05 * value.std() * torch.randn_like(value) if value.requires_grad else 0
+    folder = tmp_path_factory.mktemp("full") / "csm-no"
+    folder.mkdir()
+    (folder / "stale.safetensors").write_bytes(b"of an earlier one")
+    return save_full(model, processor, folder, {"data": "noise", "licence": "CC0"}, str(MINI)), model
+
+
+def test_the_code_on_a_card_loads_what_was_saved_with_transformers_and_peft_alone(adapter, full, tmp_path):
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in (adapter, full[0])]
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    code = ["""
 import torch
-from peft import PeftModel
-from transformers import AutoProcessor, CsmForConditionalGeneration
-base = CsmForConditionalGeneration.from_pretrained({str(MINI)!r}, dtype=torch.float32)
-base.depth_decoder.model.embed_tokens.weight = base.backbone_model.embed_tokens.embed_audio_tokens.weight
-inputs = AutoProcessor.from_pretrained({str(MINI)!r})("<|begin_of_text|>[0]Hei du.<|end_of_text|>", return_tensors="pt")
-say = lambda m: m.generate(**inputs, max_new_tokens=12, do_sample=False, depth_decoder_do_sample=False)
-before = say(base)
-after = say(PeftModel.from_pretrained(base, {str(adapter)!r}))
-print("changed" if before.shape != after.shape or not torch.equal(before, after) else "same")
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert result.stdout.strip() == "changed", result.stderr[-2000:]
+def say():
+    return model.generate(**inputs, max_new_tokens=12, do_sample=False, depth_decoder_do_sample=False).tolist()
+said = []"""]
+    for folder in folders:
+        card = (folder / "README.md").read_text().split("```python")[1].split("audio = ")[0]  # noise says codes that Mimi lacks
+        code.append(card + "said.append(say())")
+    code.append("model = model.from_pretrained('models/csm-mini')\nfrom csm_nb.csm import DEPTH_TABLE, tie_codebooks")
+    code.append("tie_codebooks(model, [DEPTH_TABLE])\nsaid.append(say())\nprint(len({str(each) for each in said}))")
+    result = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.strip() == "3", result.stderr[-2000:]  # base, adapter and full model say three different things
+
+
+def test_a_card_says_what_was_trained_on_what_and_by_which_commit(adapter, full):
+    table = dict(line.strip("| ").split(" | ") for line in (adapter / "README.md").read_text().splitlines() if line[:2] == "| ")
+    assert table["data"] == "noise" and table["licence"] == "of the data: not stated" and table["rank"] == "4"
+    assert table["layers of depth_decoder"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert re.match("[0-9a-f]{40}|unknown", table["csm-nb commit"])
+    card = (full[0] / "README.md").read_text()
+    assert "| licence | CC0 |" in card and "rank" not in card and "library_name: transformers" in card
+
+
+def test_a_card_names_no_folder_of_this_machine(adapter, tmp_path):
+    model, _ = load_base("models/csm-mini", "cpu")
+    card = {"goes on from": ROOT / "runs/no/01_anchor/1/adapter"}
+    folder = save_adapter(load_adapter(model, adapter), tmp_path / "lora_no", card, str(MINI))
+    assert "| goes on from | runs/no/01_anchor/1/adapter |" in (folder / "README.md").read_text()
+    for file in ("README.md", "adapter_config.json"):
+        assert str(ROOT) not in (folder / file).read_text()
+
+
+def test_full_training_takes_everything_but_the_codec():
+    model, _ = load_base("models/csm-mini", "cpu")
+    trained = {name for name, value in train_fully(model).named_parameters() if value.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if not name.startswith("codec_model.")}
+    without = {name for name, value in train_fully(model, text_embeddings=False).named_parameters() if value.requires_grad}
+    assert trained - without == {"embed_text_tokens.weight"}
+
+
+def test_a_full_model_comes_back_as_it_was_trained_and_its_codec_to_the_last_digit(full):
+    folder, trained = full
+    names = load_file(folder / "model.safetensors").keys()
+    assert BACKBONE_TABLE in names and DEPTH_TABLE not in names and not (folder / "stale.safetensors").exists()
+    model, processor = load_base(folder, "cpu")
+    assert all(check_base(model, processor, ["Hei."]).values())
+    held = model.state_dict()
+    for name, value in trained.state_dict().items():
+        stored = value if name.startswith("codec_model.") or not value.is_floating_point() else value.bfloat16().float()
+        assert torch.equal(held[name], stored), name
+
+
+def test_an_adapter_is_not_saved_as_a_whole_model_and_nothing_is_left_behind(adapter, tmp_path):
+    model, processor = load_base("models/csm-mini", "cpu")
+    whole = save_base(model, processor, tmp_path / "csm", dtype=None)
+    before = (whole / "model.safetensors").read_bytes()
+    with pytest.raises(BaseModelError, match="adapter on it can not be saved whole.*save_adapter"):
+        save_base(load_adapter(model, adapter), processor, whole)
+    assert (whole / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["csm"]
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(adapter, tmp_path, monkeypatch):
+    model, _ = load_base("models/csm-mini", "cpu")
+    folder = shutil.copytree(adapter, tmp_path / "lora_no")
+    loaded = load_adapter(model, adapter)
+
+    def fail(place, **options):
+        (place / "adapter_model.safetensors").write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loaded, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(loaded, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora_no"] and load_adapter(load_base(device="cpu")[0], folder)
 
 
 def test_a_loaded_adapter_is_the_one_that_was_saved(adapter):
@@ -105,6 +273,26 @@ def test_going_on_from_an_adapter_trains_it_and_none_starts_fresh(adapter):
     model, _ = load_base("models/csm-mini", "cpu")
     fresh = start_adapter(model, None, 4, 8, 0.0)
     assert all(p.abs().max() == 0 for n, p in fresh.named_parameters() if "lora_B" in n)
+
+
+def test_an_adapter_that_is_gone_on_from_shows_its_own_rank_and_layers(adapter):
+    table = describe_adapter(start_adapter(load_base(device="cpu")[0], adapter, 64, 128, 0.05))
+    assert (table["rank"], table["alpha"], table["dropout"]) == (4, 8, 0.0) and table["text embeddings trained"]
+    assert "up_proj" in table["layers of backbone_model"] and "layers of codec_model" not in table
+    fresh = describe_adapter(add_adapter(load_base(device="cpu")[0], 8, 16, 0.1))
+    assert fresh["rank"] == 8 and fresh["layers of backbone_model"] == "k_proj, o_proj, q_proj, v_proj"
+    assert not fresh["text embeddings trained"]
+
+
+def test_trained_parameters_are_counted_as_torch_counts_them():
+    model, _ = load_base(device="cpu")
+    adapted = add_adapter(model, 4, 8, 0.0, text_embeddings=True)
+    count = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    assert describe_adapter(adapted)["trained parameters (M)"] == pytest.approx(count / 1e6, abs=1e-3)
+    whole = train_fully(load_base(device="cpu")[0])
+    codec = sum(value.numel() for value in whole.codec_model.parameters())
+    total = sum(value.numel() for value in whole.parameters())
+    assert describe_adapter(whole)["share of all"] == pytest.approx(1 - codec / total, abs=1e-4)
 
 
 def test_a_folder_without_an_adapter_is_an_error_that_says_what_to_run(tmp_path):
