@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from csm_nb.batches import batch_clips, read_clips
 from csm_nb.codec import encode, pick_device
 from csm_nb.csm import DEPTH_TABLE, tie_codebooks
 from csm_nb.languages import LANGUAGES
@@ -23,7 +24,7 @@ from csm_nb.mini_loop import describe_training, fit
 from csm_nb.provenance import hash_value, read_json, write_json
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
-from csm_nb.train import build_examples, collate, compute_loss, half_precision
+from csm_nb.train import compute_loss, half_precision
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<|unknown|>")
 # ASCII, Latin-1 and Extended-A, IPA letters, modifiers, combining marks, tone numbers, the Greek letters of the IPA.
@@ -127,16 +128,18 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
         rows += [row for language in LANGUAGES if language != "en" for row in make_rows(codec, foreign, seed, language)]
         torch.save(rows, pool)
         print(f"{pool}: {len(rows)} clips spoken and encoded", flush=True)
-    examples = sorted(build_examples(torch.load(pool, weights_only=False), processor), key=lambda e: len(e["codes"]))
+    clips = read_clips(torch.load(pool, weights_only=False), processor, 2048, codec.config.frame_rate)
+    order = clips.usable[np.argsort(clips.lengths[clips.usable], kind="stable")]
     model.codec_model.requires_grad_(False)
     model.train()
 
     def loss(rng, done):
-        start = int(rng.integers(0, len(examples) - batch))
+        start = int(rng.integers(0, len(order) - batch))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        clips = {key: part.to(device) for key, part in collate(examples[start : start + batch], 1 / 4, generator).items()}
+        chosen = batch_clips(clips, order[start : start + batch], 1 / 4, generator)
+        chosen = {key: part.to(device) for key, part in chosen.items()}
         with half_precision(device):
-            output = compute_loss(model, clips)
+            output = compute_loss(model, chosen)
         return output.loss, {"backbone": output.backbone_loss.item(), "depth": output.depth_decoder_loss.item()}
 
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.05)

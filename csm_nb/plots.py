@@ -260,7 +260,7 @@ def draw_medians(part, x, ax, colour: str, line: str = "-") -> None:
 def draw_losses(history):
     """Return a figure of a training's losses by step: thin for training, dots for the held-out sentences.
 
-    `history` is what train.train_adapter returns, or {name: history} to compare several trainings on one scale.
+    `history` is what train.train_model returns, or {name: history} to compare several trainings on one scale.
     """
     histories = history if isinstance(history, dict) else {"": history}
     figure, (ax,) = make_figure(width=7, height=3.4)

@@ -1,21 +1,35 @@
-"""The loss has the right scale, sees each clip alone, and learns to stop."""
+"""The loss has the right scale, sees each clip alone, learns to stop, and a killed training goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from csm_nb.csm import add_adapter, load_base
+from csm_nb import train
+from csm_nb.attention import use_attention
+from csm_nb.batches import TrainingError, batch_clips, collate, pack_epoch, pack_row, plan_rows, read_clips
+from csm_nb.checkpoints import list_checkpoints, mark_complete, prune_checkpoints
+from csm_nb.codec import encode, load_codec
+from csm_nb.csm import add_adapter, load_base, train_fully
+from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 from csm_nb.train import (
-    TrainingError,
-    build_examples,
+    Recipe,
     build_inputs,
-    collate,
     compute_loss,
     describe_history,
+    prepare_model,
+    read_recipe,
+    restore_model,
     split_rows,
-    train_adapter,
+    train_model,
 )
 
 
@@ -24,42 +38,157 @@ def base():
     return load_base("models/csm-mini", "cpu")
 
 
+def make_rows(lengths=(9, 21, 14)):
+    rng = np.random.default_rng(0)
+    texts = ["Hei du.", "Jeg vet ikke hva det er.", "Kom hit nå!", "Nei.", "Vi går hjem i dag."]
+    return [{"text": texts[i % 5], "speaker_id": "0", "codes": rng.integers(1, 512, (frames, 8), dtype=np.uint16)}
+            for i, frames in enumerate(lengths)]
+
+
 @pytest.fixture
 def rows():
-    rng = np.random.default_rng(0)
-    texts = ["Hei du.", "Jeg vet ikke hva det er.", "Kom hit nå!"]
-    return [{"text": text, "speaker_id": "0", "codes": rng.integers(1, 512, (frames, 8), dtype=np.uint16)}
-            for text, frames in zip(texts, (9, 21, 14), strict=True)]
+    return make_rows()
 
 
-def test_depth_loss_is_a_mean_over_codes_and_not_a_sum(base, rows):
-    model, processor = base
-    batch = collate(build_examples(rows, processor))
+def read(rows, processor, max_tokens=2048):
+    return read_clips(rows, processor, max_tokens, 25.0)
+
+
+def plain_loss(model, processor, rows):
+    """The CSM loss from scratch: each clip alone, each frame alone through the depth decoder; (backbone, depth) means."""
+    backbone, depth = [], []
+    for row in rows:
+        prompt = f"<|begin_of_text|>[{row['speaker_id']}]{row['text']}<|end_of_text|>"
+        text = torch.tensor([processor.tokenizer(prompt, add_special_tokens=False).input_ids])
+        codes = torch.cat([torch.from_numpy(row["codes"].astype(np.int64)), torch.zeros(1, 8, dtype=torch.long)])
+        embeds = torch.cat([model.embed_text_tokens(text), model.backbone_model.embed_tokens(codes[None])], 1)
+        hidden = model.backbone_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+        for number, frame in enumerate(codes):
+            state = hidden[text.shape[1] + number - 1]
+            backbone.append(-model.lm_head(state).float().log_softmax(-1)[frame[0]])
+            ids = torch.cat([torch.zeros(1, dtype=torch.long), frame[:-1]])[None]
+            logits = model.depth_decoder(input_ids=ids, backbone_last_hidden_state=state[None], use_cache=False).logits[0]
+            depth.append(cross_entropy(logits[-7:].float(), frame[1:]))
+    return torch.stack(backbone).mean(), torch.stack(depth).mean()
+
+
+def adapted(kind):
+    model, processor = load_base("models/csm-mini", "cpu")
+    torch.manual_seed(0)
+    if kind == "full":
+        return train_fully(model), processor
+    model = add_adapter(model, 4, 8, 0.0, mlp=True)
     with torch.no_grad():
-        output = compute_loss(model, batch)
-    labels = batch["codes"][batch["depth_frames"]][:, 1:]
-    expected = cross_entropy(output.depth_decoder_logits.flatten(0, 1).float(), labels.flatten())
-    assert output.depth_decoder_loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.1)
+    return model, processor
 
 
-def test_loss_does_not_depend_on_the_size_of_the_batch(base, rows):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_loss_and_gradients_of_a_packed_row_are_those_of_a_plain_computation(kind, rows):
+    model, processor = adapted(kind)
+    inner = model.get_base_model() if kind == "lora" else model
+    backbone, depth = plain_loss(inner, processor, rows)
+    (backbone + depth).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    prepare_model(model, Recipe(1)).train()
+    try:
+        output = compute_loss(model, collate([pack_row(read(rows, processor), [2, 0, 1], 1.0)]))
+        output.loss.backward()
+    finally:
+        restore_model(model)
+    assert output.backbone_loss.item() == pytest.approx(backbone.item(), rel=1e-4)
+    assert output.depth_decoder_loss.item() == pytest.approx(depth.item(), rel=1e-4)
+    assert expected and any(gradient.abs().max() > 0 for gradient in expected.values())
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 0.25, 0.5])
+def test_every_depth_ratio_draws_each_frame_equally_often(base, rows, ratio):
+    clips, generator = read(rows, base[1]), torch.Generator().manual_seed(0)
+    drawn = torch.stack([pack_row(clips, [0, 1, 2], ratio, generator)["depth_frames"] for _ in range(2000)]).float()
+    frames = pack_row(clips, [0, 1, 2], 1.0)["is_frame"]
+    share = round(ratio * 47) / 47
+    assert (drawn.sum(1) == round(ratio * 47)).all()
+    assert drawn.mean(0)[~frames].max() == 0
+    assert (drawn.mean(0)[frames] - share).abs().max() < 5 * (share * (1 - share) / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["clip by clip", "sdpa with a packed mask"])
+def test_packed_rows_padded_rows_and_single_clips_have_one_loss(base, training):
     model, processor = base
-    examples = build_examples(rows, processor)
+    rows = make_rows((9, 21, 14, 30, 5))
+    clips = read(rows, processor)
+    batches = [batch_clips(clips, range(5)), collate([pack_row(clips, [4, 1, 0], 1.0), pack_row(clips, [3, 2], 1.0)])]
+    use_attention(model, training)
     with torch.no_grad():
-        once, twice = compute_loss(model, collate(examples)).loss, compute_loss(model, collate(examples * 2)).loss
-    assert once.item() == pytest.approx(twice.item(), rel=1e-5)
-
-
-def test_padding_and_neighbours_change_nothing(base, rows):
-    model, processor = base
-    examples = build_examples(rows, processor)
-    with torch.no_grad():
-        together = compute_loss(model, collate(examples))
-        alone = [compute_loss(model, collate([example])) for example in examples]
-    frames = [len(example["codes"]) for example in examples]
+        losses = [compute_loss(model, batch) for batch in batches]
+        alone = [compute_loss(model, batch_clips(clips, [i])) for i in range(5)]
+    use_attention(model, False)
+    frames = [len(row["codes"]) + 1 for row in rows]
     for name in ("backbone_loss", "depth_decoder_loss"):
         mean = np.average([getattr(output, name).item() for output in alone], weights=frames)
-        assert getattr(together, name).item() == pytest.approx(mean, rel=1e-4)
+        for output in losses:
+            assert getattr(output, name).item() == pytest.approx(mean, rel=1e-4)
+
+
+def test_codebook_weights_of_one_change_nothing_and_others_do(base, rows):
+    model, processor = base
+    batch = batch_clips(read(rows, processor), range(3))
+    with torch.no_grad():
+        plain, ones, first = (compute_loss(model, batch, w).loss.item() for w in ((), (3,) * 8, (1, *[0] * 7)))
+        backbone = compute_loss(model, batch).backbone_loss.item()
+    assert ones == pytest.approx(plain, rel=1e-5)
+    assert first == pytest.approx(8 * backbone, rel=1e-5)
+    with pytest.raises(TrainingError, match="8 numbers"):
+        compute_loss(model, batch, (1, 2))
+
+
+def test_a_text_weight_adds_the_loss_on_text(base, rows):
+    model, processor = base
+    batch = collate([pack_row(read(rows, processor), [0, 1, 2], 1.0)])
+    with torch.no_grad():
+        without, half, whole = (compute_loss(model, batch, (), w).loss.item() for w in (0.0, 0.5, 1.0))
+    assert whole > without and half - without == pytest.approx((whole - without) / 2, rel=1e-3)
+
+
+def test_rows_hold_every_clip_once_an_epoch_and_never_more_than_max_tokens(base):
+    clips = read(make_rows(tuple(np.random.default_rng(1).integers(5, 60, 200))), base[1], 256)
+    epochs = [pack_epoch(clips.lengths, clips.usable, 256, np.random.default_rng([0, e])) for e in range(2)]
+    for rows in epochs:
+        assert sorted(i for row in rows for i in row) == list(range(200))
+        assert max(clips.lengths[row].sum() for row in rows) <= 256
+        assert clips.lengths.sum() / (256 * len(rows)) > 0.9
+    assert epochs[0] != epochs[1]
+    assert plan_rows(clips, 256, 90, 0) == plan_rows(clips, 256, 90, 0) != plan_rows(clips, 256, 90, 1)
+
+
+def test_a_clip_longer_than_a_row_is_listed_and_the_others_go_on(base, rows):
+    clips = read(rows, base[1], 40)
+    assert len(clips.usable) + len(clips.set_aside) == 3 and "a row holds 40" in clips.set_aside[0]["reason"]
+    with pytest.raises(TrainingError, match="raise max_tokens"):
+        read(rows, base[1], 10)
+
+
+def test_the_end_of_speech_is_always_labelled(base, rows):
+    model, processor = base
+    batch = batch_clips(read(rows, processor), range(3), depth_ratio=0.0)
+    labels = build_inputs(model, batch)["labels"]
+    for row in range(len(rows)):
+        assert labels[row, :, 0][labels[row, :, 0] != -100][-1] == 0
+    assert (labels[..., 0] != -100).sum() == sum(len(row["codes"]) + 1 for row in rows)
+
+
+@pytest.mark.parametrize(("lengths", "ratio"), [((7,), 1.0), ((9,) * 8, 0.0)], ids=["every frame", "one of each"])
+def test_as_many_depth_frames_as_codebooks_do_not_stop_the_training(base, lengths, ratio):
+    model, processor = base
+    batch = batch_clips(read(make_rows(lengths), processor), range(len(lengths)), ratio)
+    assert int(batch["depth_frames"].sum()) == 7
+    assert torch.isfinite(compute_loss(model, batch).loss)
 
 
 def test_stored_codes_give_the_loss_of_the_stock_path(base):
@@ -74,71 +203,169 @@ def test_stored_codes_give_the_loss_of_the_stock_path(base):
     )
     with torch.no_grad():
         theirs = model(**stock)
-        ours = compute_loss(model, collate(build_examples([{"text": "Hei du.", "speaker_id": "0", "codes": codes}], processor)))
+        ours = compute_loss(model, batch_clips(read([{"text": "Hei du.", "speaker_id": "0", "codes": codes}], processor), [0]))
     assert ours.backbone_loss.item() == pytest.approx(theirs.backbone_loss.item(), rel=1e-4)
     assert ours.depth_decoder_loss.item() == pytest.approx(theirs.depth_decoder_loss.item(), rel=1e-4)
-
-
-def test_the_end_of_speech_is_always_labelled(base, rows):
-    model, processor = base
-    batch = collate(build_examples(rows, processor), depth_ratio=0.0)
-    labels = build_inputs(model, batch)["labels"]
-    for row in range(len(rows)):
-        last = labels[row][labels[row, :, 0] != -100][-1]
-        assert last.tolist() == [0] * 8
-    assert batch["depth_frames"].sum() == len(rows)
-
-
-@pytest.mark.parametrize(("lengths", "ratio"), [((7,), 1.0), ((9,) * 8, 0.0)], ids=["every frame", "only the ends"])
-def test_as_many_depth_frames_as_codebooks_do_not_stop_the_training(base, lengths, ratio):
-    model, processor = base
-    rows = [{"text": "Hei du.", "speaker_id": "0", "codes": np.full((frames, 8), 5, np.uint16)} for frames in lengths]
-    batch = collate(build_examples(rows, processor), ratio)
-    assert abs(int(batch["depth_frames"].sum()) - 8) == 1
-    assert torch.isfinite(compute_loss(model, batch).loss)
-
-
-def test_depth_frames_are_drawn_anew_in_training_and_fixed_with_a_generator(base, rows):
-    examples = build_examples(rows, base[1])
-    draws = [collate(examples, 0.5)["depth_frames"] for _ in range(8)]
-    assert any(not torch.equal(draws[0], draw) for draw in draws[1:])
-    fixed = [collate(examples, 0.5, torch.Generator().manual_seed(3))["depth_frames"] for _ in range(2)]
-    assert torch.equal(*fixed)
 
 
 def test_training_lowers_the_loss_and_moves_only_the_adapter(rows, tmp_path):
     model, processor = load_base("models/csm-mini", "cpu")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model = add_adapter(model, 4, 8, 0.0, mlp=True)
-    history = train_adapter(model, processor, rows, rows, tmp_path, steps=6, lr=5e-3, batch_size=3, depth_ratio=0.5)
+    history = train_model(model, processor, rows, rows, tmp_path, Recipe(6, lr=5e-3, depth_ratio=0.5))
     summary = describe_history(history)
     assert summary["verdict"] == "learned" and summary["steps"] == 6
     after = model.unload().state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    logged = read_log(tmp_path)
+    assert {"backbone_loss", "depth_loss", "grad_norm", "learning_rate"} <= logged[1].keys()
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step(rows, tmp_path):
+def test_gradient_checkpointing_changes_no_gradient(rows):
+    gradients = []
+    for recompute in (False, True):
+        model, processor = adapted("lora")
+        prepare_model(model, Recipe(1, recompute=recompute)).train()
+        compute_loss(model, batch_clips(read(rows, processor), range(3))).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        restore_model(model)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_clips(rows, tmp_path):
     model, processor = load_base("models/csm-mini", "cpu")
     model = add_adapter(model, 4, 8, 0.0)
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="step 0"):
-        train_adapter(model, processor, rows, rows, tmp_path, steps=2)
+    with pytest.raises(TrainingError, match="step 0.*Jeg vet ikke"):
+        train_model(model, processor, rows, rows, tmp_path, Recipe(2))
+
+
+def test_a_loss_that_explodes_stops_and_names_the_last_good_checkpoint(tmp_path):
+    model, processor = load_base("models/csm-mini", "cpu")
+    model = add_adapter(model, 4, 8, 0.0, mlp=True)
+    texts = ["Hei du.", "Kom hit nå!"]
+    codes = encode(load_codec("models/csm-mini"), [speak_text(text, "en", VOICES[0]) for text in texts])
+    rows = [{"text": t, "speaker_id": VOICES[0].speaker_id, "codes": c} for t, c in zip(texts, codes, strict=True)]
+    with pytest.raises(TrainingError, match=r"step \d+.*checkpoint-\d"):
+        train_model(model, processor, rows, rows, tmp_path, Recipe(40, lr=1000.0, save_every=1))
+    assert list_checkpoints(tmp_path)
+
+
+def test_a_checkpoint_without_its_marker_is_ignored_and_only_the_newest_are_kept(tmp_path):
+    for step in (2, 10, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        mark_complete(tmp_path / f"checkpoint-{step}", {"step": step})
+    (tmp_path / "checkpoint-12").mkdir()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4, 10]
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_good_checkpoint(rows, tmp_path, monkeypatch):
+    model, processor = load_base("models/csm-mini", "cpu")
+    model = add_adapter(model, 4, 8, 0.0)
+
+    def save(model, folder, real=train.save_weights):
+        if folder.endswith("checkpoint-4"):
+            raise OSError(28, "No space left on device")
+        real(model, folder)
+
+    monkeypatch.setattr(train, "save_weights", save)
+    with pytest.raises(TrainingError, match="step 4 can not be written.*checkpoint-2"):
+        train_model(model, processor, rows, rows, tmp_path, Recipe(6, save_every=2))
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_train import make_rows
+from csm_nb.csm import add_adapter, load_base
+from csm_nb.train import Recipe, train_model
+torch.manual_seed(0)
+model, processor = load_base("models/csm-mini", "cpu")
+model = add_adapter(model, 4, 8, 0.1)
+rows = make_rows((9, 21, 14, 30, 12, 17))
+train_model(model, processor, rows, rows[:2], sys.argv[1], Recipe(24, max_tokens=96, depth_ratio=0.5, save_every=4, log_every=1))
+"""
+
+
+def test_a_killed_training_goes_on_with_the_numbers_of_one_that_was_not(tmp_path):
+    command = [sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__))]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list_checkpoints(tmp_path / "killed")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
+    assert "goes on from checkpoint-" in again.stdout
+    keys = ("step", "loss", "eval_loss", "grad_norm")
+    losses = [[[row.get(key) for key in keys] for row in read_log(tmp_path / name) if "train_loss" not in row]
+              for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and losses[0][-1][0] == 24
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+WORKER = """
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+from test_train import make_rows
+from csm_nb.csm import add_adapter, load_base
+from csm_nb.train import Recipe, train_model
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model, processor = load_base("models/csm-mini", "cpu")
+model = add_adapter(model, 4, 8, 0.0)
+rows = make_rows((9, 21, 14, 30, 12, 17))
+recipe = Recipe(4, max_tokens=96, batch_size=int(sys.argv[2]), depth_ratio=1.0, log_every=1)
+train_model(model, processor, rows, rows[:2], sys.argv[1], recipe)
+"""
+
+
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=os.path.dirname(__file__)))
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    subprocess.run([sys.executable, script, tmp_path / "one", "2"], check=True, capture_output=True, env=environment)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, script, tmp_path / "two", "1"], check=True, capture_output=True, env=environment)
+    losses = [[row["loss"] for row in read_log(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_recipe_takes_what_concerns_it_from_a_runs_parameters():
+    recipe = read_recipe({"lr": 1e-3, "rank": 8, "max_tokens": 99}, steps=7)
+    assert (recipe.steps, recipe.lr, recipe.max_tokens) == (7, 1e-3, 99)
 
 
 def test_no_clips_is_an_error_that_says_so(base):
     with pytest.raises(TrainingError, match="no clip"):
-        build_examples([], base[1])
+        read([], base[1])
 
 
 def test_no_sentence_is_both_trained_on_and_held_out():
     sentences = make_sentences("no", 90, split="train") + make_sentences("no", 10, split="held_out")
-    rows = [{"text": sentences[i % 100]} for i in range(200)]
-    train, held_out = split_rows(rows)
-    assert len(train) + len(held_out) == 200
-    assert not {r["text"] for r in train} & {r["text"] for r in held_out}
+    rows = [{"text": sentences[i % 100], "speaker_id": "0"} for i in range(200)]
+    kept, held_out, how = split_rows(rows)
+    assert len(kept) + len(held_out) == 200 and "too few" in how
+    assert not {r["text"] for r in kept} & {r["text"] for r in held_out}
+
+
+def test_with_many_speakers_some_are_held_out_and_their_sentences_with_them():
+    rows = [{"text": f"{i % 150}", "speaker_id": str(i % 20)} for i in range(300)]
+    kept, held_out, how = split_rows(rows)
+    assert not {r["speaker_id"] for r in kept} & {r["speaker_id"] for r in held_out}
+    assert not {r["text"] for r in kept} & {r["text"] for r in held_out}
+    assert "2 held-out speakers of 20" in how
 
 
 def test_too_few_sentences_to_hold_one_out_is_an_error():
     with pytest.raises(TrainingError, match="held out"):
-        split_rows([{"text": "Hei."}] * 5)
+        split_rows([{"text": "Hei.", "speaker_id": "0"}] * 5)
