@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import CsmForConditionalGeneration
+from transformers.utils import import_utils
 
 from csm_nb.csm import (
     BACKBONE_TABLE,
@@ -82,6 +83,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(CsmForConditionalGeneration, "to", lambda model, device: model)
+    yield
+    monkeypatch.undo()
+    for remembered in vars(import_utils).values():  # transformers keeps its first answers: later tests would believe in a GPU
+        if hasattr(remembered, "cache_clear"):
+            remembered.cache_clear()
 
 
 def test_four_bit_takes_the_layers_of_both_decoders_and_nothing_else(gpu, monkeypatch):
