@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from csm_nb.csm import load_adapter
+from csm_nb.csm import load_adapter, load_base
 from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, transcribe
 from csm_nb.languages import get_language
-from csm_nb.params import resolve_path
+from csm_nb.params import TRAINED, resolve_path
 from csm_nb.speak import speak
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
@@ -14,10 +14,10 @@ from csm_nb.texts import make_sentences
 CLEAR = 0.9  # share of a language's sentences that must be heard as that language
 
 
-def find_adapters(folder, languages) -> tuple[dict, list[str]]:
-    """({language: adapter folder}, languages without one) among `folder`/lora_<language>."""
-    paths = {code: resolve_path(folder) / f"lora_{code}" for code in languages}
-    found = {code: path for code, path in paths.items() if (path / "adapter_config.json").exists()}
+def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[str]]:
+    """({language: folder}, languages without one) among `folder`/lora_<language>, or full_<language> by method "full"."""
+    paths = {code: resolve_path(folder) / f"{method}_{code}" for code in languages}
+    found = {code: path for code, path in paths.items() if (path / TRAINED[method]).exists()}
     return found, [code for code in languages if code not in found]
 
 
@@ -37,14 +37,18 @@ def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
 def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Every prompt by the base and by each adapter: one row a model and prompt, with model, wav, ended added.
 
-    `adapters` maps a language to its folder. The adapters are put on one base in turn; the base speaks with all off.
+    `adapters` maps a language to its folder, whose name the rows have. Adapters are put on one base in turn, fully trained
+    models loaded one after the other; the base speaks with all off.
     """
     texts, speaker = list(prompts.text), VOICES[0].speaker_id
     said = {"base": speak(model, processor, texts, speaker, seed=seed)}
-    for code, folder in adapters.items():
-        adapted = load_adapter(model, folder)
-        said[f"lora_{code}"] = speak(adapted, processor, texts, speaker, seed=seed)
-        model = adapted.unload()
+    for folder in adapters.values():
+        if (folder / TRAINED["lora"]).exists():
+            adapted = load_adapter(model, folder)
+            said[folder.name] = speak(adapted, processor, texts, speaker, seed=seed)
+            model = adapted.unload()
+        else:
+            said[folder.name] = speak(load_base(str(folder), model.device.type)[0], processor, texts, speaker, seed=seed)
     return pd.concat([
         prompts.assign(model=name, wav=[s.wav for s in speech], ended=[s.ended for s in speech]) for name, speech in said.items()
     ], ignore_index=True)
@@ -96,7 +100,7 @@ def judge_verdict(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) 
     into is what was heard most instead, all of them where several were heard equally often.
     """
     table = pd.concat([share_right(reference), share_right(spoken)])
-    own = spoken[(spoken.model == f"lora_{language}") & (spoken.language == language)]
+    own = spoken[spoken.model.isin([f"{method}_{language}" for method in TRAINED]) & (spoken.language == language)]
     ceiling = float((reference[reference.language == language].heard == language).mean())
     metrics = {"table": table.to_dict("records"), "ceiling": ceiling}
     if len(own) == 0:

@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoProcessor, BitsAndBytesConfig, CsmForConditionalGeneration
 from transformers.utils import logging
 
 from csm_nb.codec import load_codec, pick_device
 from csm_nb.hub import fetch_model
-from csm_nb.params import ROOT, show_path
+from csm_nb.params import ROOT, TRAINED, show_path
 from csm_nb.provenance import describe_commit
 
 BACKBONE_TABLE = "backbone_model.embed_tokens.embed_audio_tokens.weight"
@@ -23,6 +24,7 @@ DEPTH_TABLE = "depth_decoder.model.embed_tokens.weight"
 ATTENTION = "q_proj|k_proj|v_proj|o_proj"
 MLP = "gate_proj|up_proj|down_proj"
 BACKENDS = ("transformers", "unsloth")
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Not in 4 bits: the codec, which is not trained and whose every digit is heard, the heads, and the step between the decoders.
 # Embeddings are not linear layers and stay as they are without being named.
 NOT_QUANTISED = ("codec_model", "lm_head", "depth_decoder.codebooks_head", "depth_decoder.model.inputs_embeds_projector")
@@ -37,20 +39,21 @@ class AdapterError(ValueError):
     """An adapter that is missing, or that was trained on another base model."""
 
 
-def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: torch.dtype | None = None,
+def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: str | torch.dtype | None = None,
               four_bit: bool = False, backend: str = "transformers"):
-    """Returns (model, processor) of a CSM folder or hub id, with its codebook tables tied, in eval mode.
+    """Returns (model, processor) of a CSM folder or hub id, with its codebook tables tied, in eval mode, nothing trainable yet.
 
-    `dtype` defaults to bfloat16 on a GPU and float32 on a CPU; the codec is float32 in any case. `four_bit` holds the
-    layers' weights as bitsandbytes' NF4: room for LoRA on a small GPU, a little slower. `backend` "unsloth" loads through
-    Unsloth's FastModel, with its patches; the adapter on it is peft's own all the same. Both need CUDA; Unsloth was not
-    tried here, only written by its source (2026.10.9). Raises hub.ModelError when there is no such model here, and
-    BaseModelError for what can not be had on this device, and when the checkpoint holds neither codebook table.
+    `dtype` ("auto": bfloat16 on a GPU, float32 on a CPU; "bfloat16"; "float32") is the language model's; the codec is
+    float32 in any case. `four_bit` holds the layers' weights as bitsandbytes' NF4: room for LoRA on a small GPU, a little
+    slower. `backend` "unsloth" loads through Unsloth's FastModel, with its patches; the adapter on it is peft's own all the
+    same. Both need CUDA; Unsloth was not tried here, only written by its source (2026.10.9). Raises hub.ModelError when
+    there is no such model here, and BaseModelError for what can not be had on this device, and when the checkpoint holds
+    neither codebook table.
     """
     device = pick_device(device)
-    _check_request(device, four_bit, backend)
+    _check_request(device, dtype, four_bit, backend)
     path = fetch_model(model_id)
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    dtype = DTYPES.get(dtype, dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     options = {"dtype": dtype}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -59,7 +62,7 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: to
         )
         number = torch.device(device).index
         options["device_map"] = {"": torch.cuda.current_device() if number is None else number}  # accelerate wants a number
-    with _quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by check_base
+    with _quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by prove_model
         if backend == "unsloth":
             model, missing = _load_unsloth(path, options, four_bit), {DEPTH_TABLE}
         else:
@@ -70,10 +73,12 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: to
     if dtype != torch.float32:  # from_pretrained rounded the codec too, and .float() does not bring its digits back
         model.codec_model.load_state_dict(load_codec(path).state_dict())
     model = model if four_bit else model.to(device)
-    return model.eval(), AutoProcessor.from_pretrained(path)
+    return model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path)
 
 
-def _check_request(device, four_bit, backend):
+def _check_request(device, dtype, four_bit, backend):
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise BaseModelError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
     if backend not in BACKENDS:
         raise BaseModelError(f"backend is {backend!r}; allowed are {' and '.join(map(repr, BACKENDS))}")
     wanted = {"bitsandbytes": four_bit and "four_bit", "unsloth": backend == "unsloth" and "backend 'unsloth'"}
@@ -128,28 +133,6 @@ def tie_codebooks(model, missing_keys=()) -> str:
                              "Fetch the published one again")
     other.weight = kept.weight
     return "depth decoder" if kept is depth else "backbone"
-
-
-def check_base(model, processor, texts=()) -> dict[str, bool]:
-    """What must hold after loading, as {check: passed}: tied tables, a text of the language that survives the tokenizer.
-
-    With an adapter on: that it sits on backbone and depth decoder and nowhere on the codec.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    tables = inner.backbone_model.embed_tokens.embed_audio_tokens.weight, inner.depth_decoder.model.embed_tokens.weight
-    tokenizer = processor.tokenizer
-    checks = {
-        "codebook tables tied": tables[0].data_ptr() == tables[1].data_ptr(),
-        "text survives the tokenizer": all(
-            tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text for text in texts
-        ),
-    }
-    if isinstance(model, PeftModel):
-        adapted = [name for name, _ in inner.named_parameters() if "lora_" in name]
-        checks["adapter on backbone"] = any(name.startswith("backbone_model") for name in adapted)
-        checks["adapter on depth decoder"] = any(name.startswith("depth_decoder") for name in adapted)
-        checks["codec untouched"] = not any(name.startswith("codec_model") for name in adapted)
-    return checks
 
 
 def add_adapter(model, rank: int = 64, alpha: int = 128, dropout: float = 0.05, mlp: bool = False,
@@ -236,6 +219,48 @@ def describe_adapter(model) -> dict:
         "text embeddings trained": any("embed_text_tokens" in name for name in trained),
         "trained parameters (M)": round(count / 1e6, 3), "share of all": round(count / total, 4),
     }
+
+
+def start_training(model, method: str, before=None, rank: int = 64, alpha: int = 128, dropout: float = 0.05,
+                   mlp: bool = False, text_embeddings: bool = False):
+    """`model` ready to be trained by `method`, "lora" or "full", from where the stage before left off (its folder) or anew.
+
+    An adapter that is loaded keeps its own rank, alpha, dropout and layers: describe_adapter shows them. A model that was
+    trained fully lends its weights. Raises BaseModelError for another method, AdapterError for a folder of another base.
+    """
+    if method not in TRAINED:
+        raise BaseModelError(f"method is {method!r}; allowed are {' and '.join(TRAINED)}")
+    if method == "full":
+        return train_fully(model if before is None else load_full(model, before), text_embeddings)
+    if before is None:
+        return add_adapter(model, rank, alpha, dropout, mlp, text_embeddings)
+    return load_adapter(model, before, trainable=True)
+
+
+def load_full(model, folder):
+    """`model` with all its weights from the folder of a fully trained one (save_full), tables tied again.
+
+    AdapterError when the folder holds none, or one of another shape.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise AdapterError(f"{folder} holds no fully trained model (no *.safetensors); run the stage before it with method=full")
+    state = {name: value for file in files for name, value in load_file(file).items()}
+    held = model.state_dict()
+    strange = [name for name, value in state.items() if name not in held or held[name].shape != value.shape]
+    if strange or not held.keys() - state.keys() <= {DEPTH_TABLE, BACKBONE_TABLE}:
+        raise AdapterError(f"{folder} is a model of another shape than this base ({describe_base(model)}), such as in "
+                           f"{(strange or sorted(held.keys() - state.keys()))[0]}; choose the base model it was trained on")
+    model.load_state_dict(state, strict=False)
+    tie_codebooks(model, held.keys() - state.keys())
+    return model
+
+
+def save_trained(model, processor, folder, card: dict | None = None, base_id: str = "") -> Path:
+    """Writes what was trained and returns its folder: an adapter (save_adapter), or the whole model as it is (save_full)."""
+    if isinstance(model, PeftModel):
+        return save_adapter(model, folder, card, base_id)
+    return save_full(model, processor, folder, card, base_id, dtype=None)
 
 
 def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: str = "") -> Path:
@@ -338,14 +363,3 @@ def encode_text(processor, text: str, speaker_id: str) -> list[int]:
     """Token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included."""
     prompt = f"<|begin_of_text|>[{speaker_id}]{text}<|end_of_text|>"
     return processor.tokenizer(prompt, add_special_tokens=False).input_ids
-
-
-def start_adapter(model, folder, rank: int, alpha: int, dropout: float, mlp: bool = False,
-                  text_embeddings: bool = False) -> PeftModel:
-    """The adapter in `folder` to train on, or a fresh one when `folder` is None.
-
-    One that is loaded keeps its own rank, alpha, dropout and layers: print describe_adapter to see them.
-    """
-    if folder is None:
-        return add_adapter(model, rank, alpha, dropout, mlp, text_embeddings)
-    return load_adapter(model, folder, trainable=True)

@@ -41,7 +41,12 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 MODELS = ("codec_model", "base_model", "lid_model", "asr_model", "align_model")  # a folder, or the id of a model on the hub
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
-PLACES = ("runs_dir", "device")  # where a run happens; no part of what it computes
+PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
+CHOICES = {
+    "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
+    "backend": ("transformers", "unsloth"),
+}  # fmt: skip
+TRAINED = {"lora": "adapter_config.json", "full": "config.json"}  # by method: what a stage leaves in its folder adapter/
 
 
 class ParameterError(ValueError):
@@ -154,6 +159,8 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
                 get_language(code)
         except ValueError as error:
             raise ParameterError(f"{origin}: {key} is {value!r}: {error}") from error
+        if value not in CHOICES.get(key, [value]):
+            raise ParameterError(f"{origin}: {key} is {value!r}; allowed: {', '.join(CHOICES[key])}")
         if key in (*RECORDINGS, "lexicon") and value and not resolve_path(value).exists():
             allowed = "a file" if key == "lexicon" else "a manifest.jsonl, a folder of audio, or empty"
             raise ParameterError(f"{origin}: {key} is {value!r}, no {resolve_path(value)} exists; allowed: {allowed}")
@@ -208,14 +215,19 @@ def find_inputs(params: dict) -> dict[str, dict]:
         folder = _find_adapter(params["init_adapter"], params, inputs)
         inputs["init_adapter"] = {"path": show_path(folder), "hash": hash_folder(folder)}
     for code in params.get("compare", []) if "adapters_dir" in params else []:
-        folder = resolve_path(params["adapters_dir"]) / f"lora_{code}"
+        folder = resolve_path(params["adapters_dir"]) / name_trained(params, code)
         if folder.is_dir():
             inputs[folder.name] = {"path": show_path(folder), "hash": hash_folder(folder)}
     return inputs
 
 
+def name_trained(params: dict, language: str) -> str:
+    """Return the name of the folder that 03 leaves in adapters_dir: lora_no, or full_no where everything was trained."""
+    return f"{params.get('method', 'lora')}_{language}"
+
+
 def find_adapter(init_adapter: str, run: Run) -> Path | None:
-    """Return the adapter folder that a run goes on from; None for "".
+    """Return the folder, of an adapter or a fully trained model, that a run goes on from; None for "".
 
     `init_adapter` is a stage's name (its newest complete run of the same language on the same base model under
     `runs_dir`, folder `adapter/`) or a folder. Raises ParameterError that says which stage to run first.
@@ -228,23 +240,24 @@ def find_adapter(init_adapter: str, run: Run) -> Path | None:
 
 
 def _find_adapter(init_adapter, params, inputs):
+    method = params.get("method", "lora")
     if init_adapter not in STAGES:
         folder = resolve_path(init_adapter)
         for candidate in (folder, folder / "adapter"):
-            if (candidate / "adapter_config.json").is_file():
+            if (candidate / TRAINED[method]).is_file():
                 return candidate
         raise ParameterError(
-            f"init_adapter is {init_adapter!r}, and {folder} holds no adapter_config.json; allowed: a stage "
+            f"init_adapter is {init_adapter!r}, and {folder} holds no {TRAINED[method]}; allowed: a stage "
             f"({', '.join(STAGES)}), the folder of an adapter, or empty"
         )
     language, runs, base = params["language"], resolve_path(params["runs_dir"]), inputs["base_model"]["hash"]
     for done in sorted(runs.glob(f"{language}/{init_adapter}/*/done.json"), key=os.path.getmtime, reverse=True):
         adapter, made_with = done.parent / "adapter", read_json(done.with_name("run.json"))["inputs"]
-        if (adapter / "adapter_config.json").is_file() and made_with.get("base_model", {}).get("hash") == base:
+        if (adapter / TRAINED[method]).is_file() and made_with.get("base_model", {}).get("hash") == base:
             return adapter
     raise ParameterError(
-        f"init_adapter is {init_adapter!r}, and {show_path(runs)}/{language}/{init_adapter} holds no complete run on "
-        f"{params['base_model']}; run {init_adapter} for {language} first, or give the folder of an adapter, or empty"
+        f"init_adapter is {init_adapter!r}, and {show_path(runs)}/{language}/{init_adapter} holds no complete run with "
+        f"method={method} on {params['base_model']}; run {init_adapter} for {language} first, or give a folder, or empty"
     )
 
 

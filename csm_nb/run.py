@@ -199,7 +199,7 @@ def _restore_adapter(task):
     made = task.folder / "adapter"
     if task.stage != "03_adapter" or not made.is_dir():
         return ""
-    place = resolve_path(task.params["adapters_dir"]) / f"lora_{task.language}"
+    place = resolve_path(task.params["adapters_dir"]) / settings.name_trained(task.params, task.language)
     if place.is_dir() and hash_folder(place) == hash_folder(made):
         return ""
     shutil.copytree(made, place, dirs_exist_ok=True)

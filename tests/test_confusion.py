@@ -2,8 +2,10 @@
 
 import numpy as np
 import pandas as pd
+import torch
 
-from csm_nb.confusion import compare_inputs, find_adapters, judge_verdict, list_sentences, share_right
+from csm_nb.confusion import compare_inputs, find_adapters, judge_verdict, list_sentences, share_right, speak_models
+from csm_nb.csm import load_base, save_full
 
 
 def make_rows(model, heard, language="no"):
@@ -58,6 +60,22 @@ def test_adapters_that_are_missing_are_named(tmp_path):
     (tmp_path / "lora_sv").mkdir()
     found, missing = find_adapters(str(tmp_path), ["no", "sv", "da"])
     assert list(found) == ["no"] and missing == ["sv", "da"]
+    (tmp_path / "full_da").mkdir()
+    (tmp_path / "full_da/config.json").write_text("{}")
+    assert list(find_adapters(str(tmp_path), ["no", "sv", "da"], "full")[0]) == ["da"]
+
+
+def test_a_fully_trained_model_speaks_with_its_own_weights_and_the_base_with_the_base_s(tmp_path):
+    model, processor = load_base("models/csm-mini", "cpu")
+    prompts = pd.DataFrame({"language": ["no"], "text": ["Nei."]})
+    base = speak_models(model, processor, {}, prompts)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    folder = save_full(model, processor, tmp_path / "full_no")
+    rows = speak_models(load_base("models/csm-mini", "cpu")[0], processor, {"no": folder}, prompts)
+    assert list(rows.model) == ["base", "full_no"]
+    np.testing.assert_array_equal(rows.wav[0], base.wav[0])
+    assert len(rows.wav[1]) != len(rows.wav[0]) or not np.allclose(rows.wav[1], rows.wav[0])
 
 
 def test_every_language_is_asked_its_probes_and_as_many_sentences():

@@ -87,6 +87,22 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
         params.check_params("00_mimi_sanity", {key: value}, {key: "params/my.yaml"})
 
 
+@pytest.mark.parametrize("key, value", [("method", "dora"), ("schedule", "step"), ("dtype", "fp8"), ("backend", "jax")])
+def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, value):
+    with pytest.raises(params.ParameterError, match=f"my.yaml: {key} is '{value}'; allowed: {', '.join(params.CHOICES[key])}"):
+        params.check_params("01_anchor", {key: value}, {key: "my.yaml"})
+
+
+def test_a_full_training_goes_on_from_a_full_one_and_not_from_an_adapter(tmp_path):
+    for method in params.TRAINED:
+        (tmp_path / method).mkdir()
+        (tmp_path / method / params.TRAINED[method]).write_text("{}")
+    given = {"language": "da", "runs_dir": str(tmp_path), "base_model": "models/csm-mini"}
+    assert params.find_inputs(given | {"method": "full", "init_adapter": str(tmp_path / "full")})["init_adapter"]
+    with pytest.raises(params.ParameterError, match="holds no config.json"):
+        params.find_inputs(given | {"method": "full", "init_adapter": str(tmp_path / "lora")})
+
+
 def test_an_int_is_taken_where_a_float_belongs(here):
     assert isinstance(params.check_params("00_mimi_sanity", {"lr": 1})["lr"], float)
     assert place(lr=1) == place(lr=1.0)
