@@ -1,0 +1,112 @@
+"""The self-check of a loaded model: what is silently wrong elsewhere is looked at here, on a known batch, before any training."""
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+
+from csm_nb import train
+from csm_nb.attention import use_attention
+from csm_nb.batches import batch_clips, read_clips
+
+TOLERANCE = 0.02  # of the depth loss; bfloat16 keeps two to three digits
+FRAMES = (11, 7)  # of the known clips: a few, so that CSM-1B does it on a CPU in seconds
+
+# What to do when a check fails.
+WAYS_OUT = {
+    "codebook tables are one": "load with csm.load_base, which ties them (transformers 5.17 does not)",
+    "depth loss is a mean": "the loss would train the depth decoder out of proportion (31 times on CSM-1B, where transformers "
+                            "divides by frames instead of codes); use train.compute_loss, and look at transformers' version",
+    "end of speech is labelled": "a model that never learns to stop runs on; look at train.build_inputs",
+    "text survives the tokenizer": "letters are lost before the model sees them; use the tokenizer of the base model, whole",
+    "trained: backbone": "attach with csm.start_training, which names both decoders by full path",
+    "trained: depth decoder": "attach with csm.start_training, which names both decoders by full path",
+    "not trained: codec": "names such as q_proj alone also match Mimi's layers; attach with csm.start_training",
+    "gradients reach the backbone": "something on the way is frozen or detached; load anew and attach with csm.start_training",
+    "gradients reach the depth decoder": "something on the way is frozen or detached; load anew and attach with "
+                                         "csm.start_training",
+}
+
+
+class ProofError(RuntimeError):
+    """A model that is not what a training needs; names each check that failed, what was found and what to do."""
+
+
+def prove_model(model, processor, texts=()) -> pd.DataFrame:
+    """What was checked of `model`, whether it holds and what was found: a table for the notebook; all hold, or ProofError.
+
+    After loading: one codebook table; the depth decoder's loss is the mean over its codes (computed again by hand from
+    random clips); the frame that ends speech is labelled in every codebook; `texts` come back from the tokenizer as they
+    were. With something to train in it (an adapter, or csm.train_fully) also: it sits in both decoders and not in the
+    codec, and gradients reach both. Weights, gradients, modes and random numbers are left as they were.
+    """
+    inner, checks = train.inner_model(model), {}
+    tables = inner.backbone_model.embed_tokens.embed_audio_tokens.weight, inner.depth_decoder.model.embed_tokens.weight
+    checks["codebook tables are one"] = tables[0].data_ptr() == tables[1].data_ptr(), " x ".join(map(str, tables[0].shape))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    training = model.training
+    use_attention(inner, training=True)
+    try:
+        model.eval()  # no dropout
+        checks |= _check_loss(model, inner, make_batch(inner, processor, texts), trained)
+    finally:
+        use_attention(inner, training)
+        model.train(training)
+        model.zero_grad()
+    checks["text survives the tokenizer"] = _check_texts(processor.tokenizer, texts)
+    if trained:
+        for part, name in (("backbone_model", "trained: backbone"), ("depth_decoder", "trained: depth decoder")):
+            found = [tensor for tensor in trained if f"{part}." in tensor]
+            checks[name] = bool(found), f"{len(found)} tensors"
+    if trained or isinstance(model, PeftModel):
+        found = [name for name, _ in model.named_parameters() if "codec_model." in name and ("lora_" in name or name in trained)]
+        checks["not trained: codec"] = not found, found[0] if found else "0 tensors"
+    table = pd.DataFrame.from_dict(checks, orient="index", columns=["holds", "found"]).rename_axis("check")
+    failed = [f"{name} (found: {row.found}): {WAYS_OUT[name]}" for name, row in table.iterrows() if not row.holds]
+    if failed:
+        raise ProofError("the model is not what a training needs. " + "; ".join(failed))
+    return table
+
+
+def make_batch(model, processor, texts=()) -> dict:
+    """The known batch: two short clips of random codes, every frame for the depth decoder as well."""
+    rng, config = np.random.default_rng(0), model.config
+    shape = config.num_codebooks, model.codec_model.config.codebook_size
+    rows = [{"text": text, "speaker_id": "0", "codes": rng.integers(1, shape[1], (frames, shape[0]), dtype=np.uint16)}
+            for text, frames in zip((*texts, "Hello.", "No.")[:2], FRAMES, strict=True)]
+    clips = read_clips(rows, processor, config.max_position_embeddings, model.codec_model.config.frame_rate)
+    batch = batch_clips(clips, [0, 1], generator=torch.Generator().manual_seed(0))
+    return {key: value.to(model.device) for key, value in batch.items()}
+
+
+def _check_loss(model, inner, batch, trained):
+    checks, parts = {}, (("backbone", "backbone_model."), ("depth decoder", "depth_decoder."))
+    with torch.set_grad_enabled(bool(trained)), train.half_precision(inner.device.type):
+        output = train.compute_loss(model, batch)
+        labels = train.build_inputs(inner, batch)["labels"]
+    targets, logits = batch["codes"][batch["is_frame"]][:, 1:].flatten(), output.depth_decoder_logits.detach().flatten(0, -2)
+    if len(logits) == len(targets):
+        said, by_hand = output.depth_decoder_loss.item(), cross_entropy(logits.float(), targets).item()
+        checks["depth loss is a mean"] = (abs(said / by_hand - 1) < TOLERANCE,
+                                          f"{said:.3f}, by hand {by_hand:.3f}: {said / by_hand:.2f} times")
+    else:
+        checks["depth loss is a mean"] = False, f"of {len(logits)} codes, where the frames have {len(targets)}"
+    ends = [labels[row, positions.nonzero()[-1, 0]] for row, positions in enumerate(batch["is_frame"])]
+    right = sum(bool((end == inner.config.codebook_eos_token_id).all()) for end in ends)
+    checks["end of speech is labelled"] = right == len(ends), f"in {right} of {len(ends)} clips"
+    if trained:
+        output.loss.backward()
+        for name, part in parts:
+            norm = sum(value.grad.float().square().sum().item() for key, value in trained.items()
+                       if part in key and value.grad is not None) ** 0.5
+            checks[f"gradients reach the {name}"] = 0 < norm < float("inf"), f"norm {norm:.3g}"
+    return checks
+
+
+def _check_texts(tokenizer, texts):
+    lost = []
+    for text in texts:
+        back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        lost += [] if back == text else [f"{text!r} came back as {back!r}"]
+    return not lost, lost[0] if lost else f"{len(texts)} of {len(texts)}"
