@@ -1,12 +1,22 @@
-"""What a training says while it runs: a line every few steps, and every logged figure in metrics.jsonl."""
+"""What a training says while it runs: a line every few steps, a figure that grows, probes spoken, metrics.jsonl, TensorBoard."""
 
+import datetime
 import json
 import os
 import time
 from pathlib import Path
 
+from IPython import get_ipython
+from IPython.display import display
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
+from csm_nb import audio, plots
+from csm_nb.attention import use_attention
+from csm_nb.speak import speak
+
+REDRAW = 2.0  # s; a figure drawn at every log of a fast training would be most of its time
 PARTS = ("loss", "backbone_loss", "depth_loss", "eval_loss", "grad_norm")
 
 
@@ -30,7 +40,7 @@ class PrintProgress(TrainerCallback):
             seconds = time.monotonic() - self.start[0]
             rate = (state.global_step - self.start[1]) / seconds
             left = (state.max_steps - state.global_step) / rate
-            words += [f"{self.heard / seconds:.1f} s of audio a second", f"{left:.0f} s left"]
+            words += [f"{self.heard / seconds:.1f} s of audio a second", f"{datetime.timedelta(seconds=round(left))} left"]
         print("  ".join(words), flush=True)
 
 
@@ -44,3 +54,69 @@ class WriteMetrics(TrainerCallback):
             part = path.with_name(".metrics.jsonl.part")
             part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")
             os.replace(part, path)
+
+
+class LiveFigure(TrainerCallback):
+    """In a notebook, the figure of the losses, drawn anew as they come in; elsewhere nothing."""
+
+    def __init__(self):
+        self.handle, self.drawn = None, 0.0
+
+    def on_log(self, args, state, control, **kwargs):
+        if time.monotonic() - self.drawn > REDRAW:
+            self.draw(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw(state)
+
+    def draw(self, state):
+        if get_ipython() is None or not state.is_world_process_zero:
+            return
+        figure = plots.draw_losses(state.log_history)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        self.drawn = time.monotonic()
+
+
+class SpeakSamples(TrainerCallback):
+    """Every so many steps, `texts` spoken by the model as it is: players in a notebook, and out_dir/step-<n>/<i>.wav.
+
+    `every` 0 speaks once, half way. What is drawn for it is drawn apart, so that the training is the same with it and
+    without. What fails in speaking is printed, and the training goes on.
+    """
+
+    def __init__(self, model, processor, texts, speaker_id: str, every: int, out_dir, seed: int = 0):
+        self.model, self.processor, self.texts, self.speaker_id = model, processor, list(texts), speaker_id
+        self.every, self.out_dir, self.seed = every, Path(out_dir), seed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every, step = self.every or -(-state.max_steps // 2), state.global_step
+        if not state.is_world_process_zero or step % every or step >= state.max_steps:
+            return  # what is said at the end, the notebook asks for itself
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        use_attention(inner, training=False)
+        self.model.eval()
+        try:
+            said = speak(self.model, self.processor, self.texts, self.speaker_id, seed=self.seed)
+            for number, speech in enumerate(said):
+                audio.write_audio(self.out_dir / f"step-{step}" / f"{number}.wav", speech.wav)
+        except Exception as error:
+            print(f"step {step}: no samples, the training goes on ({type(error).__name__}: {error})", flush=True)
+        else:
+            print(f"step {step}: {sum(s.ended for s in said)} of {len(said)} samples ended, {self.out_dir.name}/step-{step}")
+            if get_ipython() is not None:
+                display(audio.players([(f"step {step}: {s.text} ({'ended' if s.ended else 'runaway'})", s.wav) for s in said]))
+        finally:
+            use_attention(inner, training=True)
+            self.model.train()
+
+
+class WriteTensorBoard(TensorBoardCallback):
+    """The log for `tensorboard --logdir <output_dir>/tensorboard`; a resumed training goes on in it from its checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.tb_writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step + 1)
+        super().on_train_begin(args, state, control, **kwargs)
