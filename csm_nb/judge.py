@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import pipeline
+from transformers.utils import logging
 
 from csm_nb.audio import SAMPLE_RATE, resample
 from csm_nb.codec import pick_device
@@ -37,6 +38,7 @@ def load_asr(model, device: str = "auto", language: str = "en"):
 
 
 def _load(task, model, device):
+    logging.disable_progress_bar()  # a bar that stays at 0 % in every executed notebook
     return pipeline(task, model=str(fetch_model(model)), device=pick_device(device), dtype=torch.float32)
 
 

@@ -281,6 +281,40 @@ def draw_losses(history):
     return figure
 
 
+def draw_checkpoints(table):
+    """Return a figure of choose.choose_checkpoint's table by step: the held-out loss, then what the judges heard.
+
+    Points are checkpoints, whiskers 95 % intervals over clips; the dashed line is the chosen one, the dotted one what the
+    loss would have chosen.
+    """
+    figure, axes = make_figure(1, 2, 9.5, 3.4, width_ratios=(2, 3))
+    table = table.sort_values("step")
+    measured = table[table["held-out loss"].notna()]
+    axes[0].plot(measured.step, measured["held-out loss"], color=GREY, marker="o", markersize=6, linewidth=1.4)
+    if measured.empty:
+        write_note(axes[0], "no loss was logged")
+    set_labels(axes[0], "Held-out loss", "step", "loss (nats a code)")
+    first, last = table.step.min(), table.step.max()
+    span = max(1, last - first)
+    for place, (name, low, high) in enumerate((("CER", "CER low", "CER high"), ("heard right", "low", "high"))):
+        figures = table[[name, low, high]].set_axis(["median", "low", "high"], axis=1)
+        # apart, or equal whiskers cover each other
+        draw_medians(figures, table.step + (0.024 * place - 0.012) * span, axes[1], COLOURS[(1, 0)[place]])
+        axes[1].plot([], [], color=COLOURS[(1, 0)[place]], marker="o", label=name)
+    axes[1].plot(table.step, table.runaways, color=COLOURS[4], marker="s", markersize=5, linewidth=1.4, label="runaways")
+    axes[1].set_ylim(-0.04, 1.04)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    set_labels(axes[1], "What the judges heard", "step", "share")
+    for ax in axes:
+        for name, style in (("chosen", {"color": PASS, "linestyle": "--"}), ("by loss", {"color": GREY, "linestyle": ":"})):
+            for step in table.step[table[name]]:
+                ax.axvline(step, linewidth=1.4, zorder=0, label=f"{name}: {step}" if ax is axes[1] else "", **style)
+        ax.set_xticks(table.step)
+        ax.set_xlim(first - 0.1 * span, last + 0.1 * span)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
 def draw_confusions(matrices):
     """Return heat maps of counts side by side, for [(title, DataFrame of counts), ...]; rows are the truth.
 
