@@ -16,11 +16,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from csm_nb.attention import use_attention
 from csm_nb.batches import IGNORED, PackedRows, TrainingError, collate, pack_epoch, plan_rows, read_clips, read_column
 from csm_nb.checkpoints import list_checkpoints, load_weights, mark_complete, prune_checkpoints, save_weights
-from csm_nb.progress import PrintProgress, WriteMetrics
+from csm_nb.progress import LiveFigure, PrintProgress, WriteMetrics, WriteTensorBoard
+from csm_nb.provenance import write_json
 from csm_nb.texts import split_of
 
 EXPLODED = 1.5  # times the first loss, or that of blind guessing if it is larger: no training that goes well is there
-VALIDATION_CLIPS = 256  # about 30 minutes of speech; more only makes every evaluation slower
+VALIDATION_CLIPS = 128  # about 15 minutes of speech; more only makes every evaluation slower
 FEWEST_SPEAKERS = 10  # with fewer, holding one out would cost more of the voices than it tells
 
 
@@ -42,14 +43,25 @@ class Recipe:
     log_every: int = 0
     eval_every: int = 0
     save_every: int = 0
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 3
     seed: int = 0
 
 
 def read_recipe(params: dict, **given) -> Recipe:
-    """The recipe that a run's parameters make; `given` are the fields that a stage names otherwise (its steps, its lr)."""
+    """The recipe that a run's parameters make; `given` are the fields that a stage names otherwise (its steps, its lr).
+
+    Raises TrainingError for a value that no training can have.
+    """
     names = {field.name for field in fields(Recipe)}
-    return Recipe(**{key: value for key, value in params.items() if key in names} | given)
+    recipe = Recipe(**{key: value for key, value in params.items() if key in names} | given)
+    for name in ("steps", "max_tokens", "batch_size", "accumulate", "keep_checkpoints"):
+        if getattr(recipe, name) < 1:
+            raise TrainingError(f"{name} is {getattr(recipe, name)}; allowed is 1 and more")
+    if not (recipe.lr > 0 and 0 < recipe.depth_ratio <= 1):
+        raise TrainingError(f"lr is {recipe.lr}, depth_ratio {recipe.depth_ratio}; allowed are lr above 0, depth_ratio up to 1")
+    if recipe.schedule not in ("cosine", "linear"):
+        raise TrainingError(f"schedule is {recipe.schedule!r}; allowed are cosine and linear")
+    return recipe
 
 
 def build_inputs(model, batch: dict) -> dict:
@@ -143,7 +155,7 @@ class CsmTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
+        if not (math.isfinite(norm) and norm > 0):  # at 0 nothing is learned any more: what too large a rate leaves behind
             self.stop(f"the gradient's norm is {float(norm)}")
         self.rows_of_step.clear()
         return norm
@@ -186,7 +198,8 @@ class CsmTrainer(Trainer):
                                 f"are free); {kept}. Make room and run again: it goes on from there") from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            losses = {k: v for row in self.state.log_history for k, v in row.items() if k.endswith("loss")}
+            rows = [row for row in self.state.log_history if row["step"] == self.state.global_step]  # no loss of an earlier step
+            losses = {k: v for row in rows for k, v in row.items() if k.endswith("loss")}
             mark_complete(folder, {"step": self.state.global_step} | losses)
             prune_checkpoints(self.args.output_dir, self.recipe.keep_checkpoints)
 
@@ -210,14 +223,17 @@ def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recip
         model=prepare_model(model, recipe), args=arguments, recipe=recipe, frame_rate=rate,
         train_dataset=PackedRows(clips, plan, recipe.depth_ratio, recipe.seed),
         eval_dataset=PackedRows(held_out, plan_validation(held_out, recipe), recipe.depth_ratio, recipe.seed),
-        callbacks=[PrintProgress(), WriteMetrics(), *callbacks],
+        callbacks=[PrintProgress(), WriteMetrics(), WriteTensorBoard(), LiveFigure(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     done = list_checkpoints(out_dir)
     if clips.set_aside:
-        print(f"{len(clips.set_aside)} clips are longer than a row and set aside, such as {clips.set_aside[0]}")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / "set_aside.json", clips.set_aside)
+        print(f"{len(clips.set_aside)} clips are longer than a row and set aside, all in set_aside.json:", *clips.set_aside[:5],
+              sep="\n  ")
     if done:
         print(f"goes on from {done[-1][1].name}")
     try:
@@ -228,7 +244,7 @@ def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recip
 
 
 def plan_validation(clips, recipe: Recipe) -> list[list[int]]:
-    """The rows of the held-out clips, the same at every evaluation: at most 256 clips, drawn by the recipe's seed."""
+    """The rows of the held-out clips, the same at every evaluation: at most 128 clips, drawn by the recipe's seed."""
     rng = np.random.default_rng(recipe.seed)
     chosen = np.sort(rng.permutation(clips.usable)[:VALIDATION_CLIPS])
     return pack_epoch(clips.lengths, chosen, recipe.max_tokens, rng)

@@ -242,8 +242,10 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_clips(rows, tmp_pa
         train_model(model, processor, rows, rows, tmp_path, Recipe(2))
 
 
-def test_a_loss_that_explodes_stops_and_names_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("seed", range(3))
+def test_a_training_that_explodes_or_dies_stops_and_names_the_last_good_checkpoint(tmp_path, seed):
     model, processor = load_base("models/csm-mini", "cpu")
+    torch.manual_seed(seed)
     model = add_adapter(model, 4, 8, 0.0, mlp=True)
     texts = ["Hei du.", "Kom hit nå!"]
     codes = encode(load_codec("models/csm-mini"), [speak_text(text, "en", VOICES[0]) for text in texts])
