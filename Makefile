@@ -1,4 +1,4 @@
-# make run | test | lab | setup | lock | clean; `make` alone says what each does. Variables are given on the command line
+# make run | ablate | test | lab | setup | lock | clean; `make` alone says what each does. Variables are given on the command line
 # (make run LANGS=da); none is taken from the environment, and LANG and LANGUAGE stay what they are: the locale.
 LANGS    = no sv da
 PROFILE  = mini
@@ -29,9 +29,10 @@ STAMP := $(ENV)/.csm-nb-setup
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
   [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
-.PHONY: help run test lab setup lock clean
+.PHONY: help run ablate test lab setup lock clean
 help:
 	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...'"
+	@echo "make ablate  the same with one thing changed at a time, at equal compute; LANGS PROFILE CORPUS JOBS SET as above"
 	@echo "make test    run every test"
 	@echo "make lab     open the notebooks in JupyterLab; LAB='--no-browser ...' for its options"
 	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
@@ -41,6 +42,10 @@ help:
 run: $(STAMP)
 	@$(PY) -m csm_nb.run --langs $(LANGS) --profile $(PROFILE) $(if $(STAGES),--stages $(STAGES)) \
 	  $(if $(AUDIO),--audio "$(AUDIO)") $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--set $(SET))
+
+ablate: $(STAMP)
+	@$(PY) -m csm_nb.ablate --langs $(LANGS) --profile $(PROFILE) $(if $(CORPUS),--corpus "$(CORPUS)") \
+	  $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--set $(SET))
 
 test: $(STAMP)
 	$(PY) -m pytest

@@ -1,0 +1,255 @@
+"""Arms differ in one thing and cost the same; what is reported is over held-out sentences and paired with the reference."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from csm_nb import ablate
+from csm_nb import params as settings
+from csm_nb.ablate import ADAPTER, ANCHOR, JUDGING, REFERENCE, STEPS, SYNTHETIC
+from csm_nb.provenance import read_json, write_json
+
+ARMS = ["LoRA", "LoRA + text", "full", "without anchor", "without synthetic"]
+SIZES = {"anchor_steps": 60, "synthetic_steps": 750, "adapter_steps": 100, "lr": 3.0e-3, "adapter_lr": 1.0e-3}
+# Character error rates of the held-out sentences, by arm; of the probes 0.9 throughout
+RATES = {"lora": [0.4, 0.5, 0.6], "lora_text": [0.3, 0.5, 0.4], "full": [0.3, 0.4, 0.2],
+         "without_anchor": [0.3, 0.5, 0.5], "without_synthetic": [0.7, 0.8, 0.9]}
+
+
+def read_command(command):
+    """Return ({option: its values}, {key: value} of --set) of a call of csm_nb.run."""
+    options = {}
+    for word in command[3:]:
+        if word.startswith("--"):
+            options[word] = values = []
+        else:
+            values.append(word)
+    pairs = [word.split("=", 1) for word in options["--set"]]
+    return options, {key: yaml.safe_load(value) if value else "" for key, value in pairs}
+
+
+def pretend_stage(stage, params, folder):
+    """Leave what a stage leaves: its records, an adapter, and from 04 the judged sentences."""
+    if (folder / "done.json").is_file():
+        return False
+    (folder / "adapter").mkdir(parents=True)
+    inputs, name = settings.find_inputs(params), settings.name_trained(params, params["language"])
+    if stage == JUDGING:
+        rates = RATES[folder.parents[2].name]
+        rows = [{"model": model, "text": f"setning {i}", "probe": i == 0, "heard": params["language"], "cer": rate, "ended": True}
+                for model, shift in ((name, 0), ("base", 0.1), ("reference", -0.2))
+                for i, rate in enumerate([0.9, *(round(rate + shift, 3) for rate in rates)])]
+        rows.append(rows[-1] | {"model": "base", "cer": 0.0})
+        frame = pd.DataFrame(rows).assign(language=params["language"], confidence=0.9, transcript="null")
+        frame.loc[frame.index[-1], "language"] = "en"
+        frame.to_csv(folder / "judged.csv", index=False)
+    else:
+        for place in (folder / "adapter", *([settings.resolve_path(params["adapters_dir"]) / name] if stage == ADAPTER else [])):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / settings.TRAINED[params["method"]]).write_text(json.dumps([stage, inputs, params.get("init_adapter")]))
+        metrics = {"steps": params[STEPS[stage]], "last_loss": 4.5, "trained_parameters_m": 0.97, "verdict": "learned"}
+        write_json(folder / "metrics.json", metrics)
+    write_json(folder / "run.json", {"params": params, "inputs": inputs, "seconds": 10.0})
+    write_json(folder / "done.json", {"verdict": "learned"})
+    return True
+
+
+class Pretended:
+    """Stands for csm_nb.run as a process: its stages are done when it is started, or it fails."""
+
+    calls, made, environments, failing = [], [], [], set()
+
+    def __init__(self, command, env, **options):
+        options, overrides = read_command(command)
+        arm, (language,) = overrides["runs_dir"].rpartition("/")[2], options["--langs"]
+        self.calls.append((arm, options["--stages"], overrides))
+        self.environments.append(env)
+        self.returncode = 1 if arm in self.failing else 0
+        found = {}
+        for stage in options["--stages"] if self.returncode == 0 else ():
+            values, _ = settings.load_params([f"params/{language}.yaml", f"params/{options['--profile'][0]}.yaml"], overrides)
+            params = settings.check_params(stage, values | {"language": language})
+            if params.get("init_adapter") in found:
+                params["init_adapter"] = settings.show_path(found[params["init_adapter"]] / "adapter")
+            key = f"{abs(hash(json.dumps([params, settings.find_inputs(params)], sort_keys=True))):x}"
+            found[stage] = settings.resolve_path(params["runs_dir"]) / language / stage / key
+            if pretend_stage(stage, params, found[stage]):
+                self.made.append((arm, stage))
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """Return the pretended runner and the arguments of a call whose runs lie in tmp_path."""
+    for name in ("calls", "made", "environments", "failing"):
+        monkeypatch.setattr(Pretended, name, type(getattr(Pretended, name))())
+    monkeypatch.setattr(ablate.subprocess, "Popen", Pretended)
+    monkeypatch.setattr(ablate.time, "sleep", lambda seconds: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Pretended, ["--langs", "no", "--profile", "mini", "--jobs", "1", "--set", f"runs_dir={tmp_path}"]
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_arms_cost_the_same_and_differ_in_one_thing():
+    cost = 1.5
+    arms = ablate.plan_arms(SIZES, cost)
+    assert list(arms) == ARMS
+    for name, calls in arms.items():
+        sizes, steps = dict(SIZES), 0
+        for stages, overrides in calls:
+            steps += sum((sizes | overrides)[STEPS[stage]] for stage in stages if stage in STEPS)
+        spent = steps * (cost if name == "full" else 1)
+        assert spent == pytest.approx(910, abs=2), name
+    (_, overrides), = arms["full"]
+    assert overrides == {"method": "full", "train_text": True, "anchor_steps": 40, "synthetic_steps": 500, "adapter_steps": 67,
+                         "lr": pytest.approx(3.0e-3 * ablate.FULL_LR), "adapter_lr": pytest.approx(1.0e-3 * ablate.FULL_LR)}
+    assert [calls[0][1]["train_text"] for calls in arms.values()] == [False, True, True, True, True]
+    first, second = arms["without anchor"]
+    assert first == ((SYNTHETIC,), {"method": "lora", "train_text": True, "init_adapter": "", "synthetic_steps": 810})
+    assert second == ((ADAPTER, JUDGING), {"method": "lora", "train_text": True, "init_adapter": SYNTHETIC})
+    assert arms["without synthetic"] == [((ANCHOR, ADAPTER, JUDGING), {
+        "method": "lora", "train_text": True, "init_adapter": ANCHOR, "adapter_steps": 850})]
+
+
+def test_a_step_of_full_fine_tuning_costs_half_as_much_again_unless_the_adapter_is_large():
+    params = {"base_model": "models/csm-mini", "rank": 1, "alpha": 2, "dropout": 0.0, "train_mlp": False, "depth_ratio": 0.125}
+    assert ablate.compare_costs(params) == pytest.approx(1.5, rel=0.01)
+    # counted by hand: 2.65 M weights and 0.70 M of the adapter in the backbone, 0.42 and 0.16 in the depth decoder, heads
+    assert ablate.compare_costs(params | {"rank": 32, "alpha": 64, "train_mlp": True}) == pytest.approx(1.07, abs=0.02)
+
+
+@pytest.mark.parametrize("profile", ["mini", "test"])
+def test_every_override_is_a_parameter_of_a_notebook_of_its_call(profile):
+    for work in ablate.plan_works(["no", "da"], profile):
+        for stages, overrides in work.calls:
+            known = set().union(*(settings.read_cell(stage) for stage in stages))
+            assert set(overrides) - known <= {"compare", "sentences", "adapters_dir"}, work  # of 03 and 04, in the other call
+
+
+def test_calls_say_what_the_arms_say(runner, tmp_path):
+    pretended, arguments = runner
+    assert ablate.main([*arguments, "seed=3"]) == 0
+    stages = {arm: [short for call, names, _ in pretended.calls if call == arm for short in (" ".join(n[:2] for n in names),)]
+              for arm in RATES}
+    assert stages == {"lora": ["01 02 03 04"], "lora_text": ["01 02 03 04"], "full": ["01 02 03 04"],
+                      "without_anchor": ["02", "03 04"], "without_synthetic": ["01 03 04"]}
+    for arm, _, overrides in pretended.calls:
+        place = tmp_path / "ablate" / arm
+        assert overrides["runs_dir"] == str(place) and overrides["adapters_dir"] == str(place / "models")
+        assert (overrides["seed"], overrides["sentences"], overrides["compare"]) == (3, ablate.SENTENCES, ["no"])
+        assert type(overrides.get("lr", 0.1)) is float  # as YAML reads it again, also 2.0e-05
+    folder, = (tmp_path / "ablate" / "without_anchor" / "no" / SYNTHETIC).iterdir()
+    assert pretended.calls[4][2]["init_adapter"] == str(folder / "adapter")
+    assert pretended.environments[0]["OMP_NUM_THREADS"]
+
+
+def test_each_arm_is_reported_over_held_out_sentences_against_the_reference(runner, tmp_path, capsys):
+    assert ablate.main(runner[1]) == 0
+    folder = tmp_path / "ablate" / "no"
+    table = pd.read_csv(folder / "ablation.csv").set_index("model")
+    assert list(table.index) == ["reference", "base", *ARMS]
+    assert (table.sentences == 3).all() and table.CER["LoRA"] == 0.5  # not the probe's 0.9
+    assert table.CER["base"] == pytest.approx(0.6)  # once, of the first arm, in the language only
+    assert table.difference["without anchor"] == pytest.approx(0.1 / 3, abs=1e-3)
+    assert np.isnan(table.difference[REFERENCE]) and table.difference["full"] < 0
+    assert table.compute[ARMS].to_numpy() == pytest.approx(1, abs=0.01)
+    assert list(table.seconds[ARMS]) == [30, 30, 30, 20, 20]
+    page, said = (folder / "ablation.md").read_text(), capsys.readouterr().out
+    assert "One training each" in page and "synthetic" in page and "| without anchor " in page and "seed 0" in page
+    assert "| without anchor " in said and str(folder / "ablation.md") in said
+    assert (folder / "ablation.png").stat().st_size > 10_000
+
+
+def test_paired_differences_are_by_sentence_and_leave_probes_out():
+    texts = [f"{i}" for i in range(12)]
+    hard = np.linspace(0, 1, 12)  # sentences differ far more than arms do
+    rows = pd.concat([pd.DataFrame({"model": model, "language": "no", "text": order, "probe": [text == "0" for text in order],
+                                    "heard": "no", "cer": [hard[int(text)] + worse for text in order], "ended": True})
+                      for model, order, worse in ((REFERENCE, texts, 0), ("other", texts[::-1], 0.1))])
+    table = ablate.compare_arms(rows).set_index("model")
+    assert list(table.loc["other", ["difference", "difference low", "difference high"]]) == [0.1, 0.1, 0.1]
+    assert (table.sentences == 11).all()
+    assert table.loc["other", "CER low"] < table.loc[REFERENCE, "CER high"]
+    alone = ablate.compare_arms(rows[rows.model == "other"])
+    assert alone.difference.isna().all() and len(alone) == 1
+
+
+@pytest.mark.parametrize("failing", [{"full"}, {"lora_text"}, set(RATES)], ids=["an arm", "the reference arm", "all"])
+def test_a_failed_arm_is_shown_and_the_others_are_reported(runner, tmp_path, capsys, failing):
+    runner[0].failing |= failing
+    assert ablate.main(runner[1]) == 1
+    table = pd.read_csv(tmp_path / "ablate" / "no" / "ablation.csv").set_index("model")
+    failed = [arm for arm in ARMS if table.state[arm] != "done"]
+    assert len(failed) == len(failing) and set(ARMS) <= set(table.index)
+    said = capsys.readouterr().out
+    assert all(f"| {arm} (failed: see log)" in said for arm in failed)
+    assert f"failed: see {tmp_path / 'ablate' / failing.copy().pop()}" in "".join(table.state[failed])
+    if failing == {"full"}:
+        assert table.CER["without synthetic"] == pytest.approx(0.8)
+
+
+def test_an_arm_whose_results_cannot_be_read_has_failed(runner, tmp_path, capsys):
+    assert ablate.main(runner[1]) == 0
+    judged, = (tmp_path / "ablate" / "lora" / "no" / JUDGING).glob("*/judged.csv")
+    judged.unlink()
+    assert ablate.main(runner[1]) == 1
+    assert "| LoRA (failed: see log)" in capsys.readouterr().out
+
+
+def test_a_second_call_runs_nothing_anew_and_reports_its_own_runs(runner, tmp_path):
+    pretended, arguments = runner
+    assert ablate.main(arguments) == 0
+    first = (tmp_path / "ablate" / "no" / "ablation.csv").read_text()
+    made = len(pretended.made)
+    assert made == 4 * 3 + 3 + 3
+    assert ablate.main(arguments) == 0 and len(pretended.made) == made
+    assert ablate.main([*arguments, "synthetic_steps=300"]) == 0 and len(pretended.made) > made
+    assert ablate.main(arguments) == 0  # the newest runs are now of other steps
+    assert (tmp_path / "ablate" / "no" / "ablation.csv").read_text() == first
+    chain = [read_json(work / "run.json")["params"] for work in (tmp_path / "ablate" / "without_anchor").glob("no/03*/*")]
+    assert len({params["init_adapter"] for params in chain}) == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--set", "method=full"], "method is set by the arms"),
+    (["--set", "clipz=3"], "unknown parameter 'clipz'"),
+    (["--set", "adapter_steps=many"], "adapter_steps is 'many'"),
+    (["--set", "base_model=models/none"], "models/none"),
+    (["--langs", "xx"], "params/xx.yaml: no such file"),
+])  # fmt: skip
+def test_bad_parameters_stop_everything_before_it_starts(runner, capsys, arguments, message):
+    assert ablate.main(arguments) == 2
+    assert message in capsys.readouterr().err and not runner[0].calls
+
+
+def test_values_come_back_from_the_command_line_as_they_were():
+    for value in (2.0e-5, 0.0006, 3, True, "", "no", ["no", "sv"], "a path/with: signs", "x" * 200):
+        assert yaml.safe_load(ablate._write_value(value)) == value
+
+
+def test_an_interrupt_ends_the_calls_that_run(monkeypatch, tmp_path):
+    started, real = [], subprocess.Popen
+
+    def start(command, **options):
+        started.append(real([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True))
+        return started[-1]
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", start)
+    monkeypatch.setattr(ablate.time, "sleep", interrupt)
+    works = ablate.plan_works(["no"], "mini", {"runs_dir": str(tmp_path)})
+    before = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run_works(works, "mini", jobs=2)
+    assert len(started) == 2 and all(process.poll() is not None for process in started) and time.time() - before < 60
