@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from csm_nb import ablate
+from csm_nb import ablate, arms, compare
 from csm_nb import params as settings
-from csm_nb.ablate import ADAPTER, ANCHOR, JUDGING, REFERENCE, STEPS, SYNTHETIC
+from csm_nb.arms import ADAPTER, ANCHOR, JUDGING, REFERENCE, STEPS, SYNTHETIC
 from csm_nb.provenance import read_json, write_json
 
 ARMS = ["LoRA", "LoRA + text", "full", "without anchor", "without synthetic"]
@@ -101,35 +101,35 @@ def runner(tmp_path, monkeypatch):
 
 def test_arms_cost_the_same_and_differ_in_one_thing():
     cost = 1.5
-    arms = ablate.plan_arms(SIZES, cost)
-    assert list(arms) == ARMS
-    for name, calls in arms.items():
+    planned = arms.plan_arms(SIZES, cost)
+    assert list(planned) == ARMS
+    for name, calls in planned.items():
         sizes, steps = dict(SIZES), 0
         for stages, overrides in calls:
             steps += sum((sizes | overrides)[STEPS[stage]] for stage in stages if stage in STEPS)
         spent = steps * (cost if name == "full" else 1)
         assert spent == pytest.approx(910, abs=2), name
-    (_, overrides), = arms["full"]
+    (_, overrides), = planned["full"]
     assert overrides == {"method": "full", "train_text": True, "anchor_steps": 40, "synthetic_steps": 500, "adapter_steps": 67,
-                         "lr": pytest.approx(3.0e-3 * ablate.FULL_LR), "adapter_lr": pytest.approx(1.0e-3 * ablate.FULL_LR)}
-    assert [calls[0][1]["train_text"] for calls in arms.values()] == [False, True, True, True, True]
-    first, second = arms["without anchor"]
+                         "lr": pytest.approx(3.0e-3 * arms.FULL_LR), "adapter_lr": pytest.approx(1.0e-3 * arms.FULL_LR)}
+    assert [calls[0][1]["train_text"] for calls in planned.values()] == [False, True, True, True, True]
+    first, second = planned["without anchor"]
     assert first == ((SYNTHETIC,), {"method": "lora", "train_text": True, "init_adapter": "", "synthetic_steps": 810})
     assert second == ((ADAPTER, JUDGING), {"method": "lora", "train_text": True, "init_adapter": SYNTHETIC})
-    assert arms["without synthetic"] == [((ANCHOR, ADAPTER, JUDGING), {
+    assert planned["without synthetic"] == [((ANCHOR, ADAPTER, JUDGING), {
         "method": "lora", "train_text": True, "init_adapter": ANCHOR, "adapter_steps": 850})]
 
 
 def test_a_step_of_full_fine_tuning_costs_half_as_much_again_unless_the_adapter_is_large():
     params = {"base_model": "models/csm-mini", "rank": 1, "alpha": 2, "dropout": 0.0, "train_mlp": False, "depth_ratio": 0.125}
-    assert ablate.compare_costs(params) == pytest.approx(1.5, rel=0.01)
+    assert arms.compare_costs(params) == pytest.approx(1.5, rel=0.01)
     # counted by hand: 2.65 M weights and 0.70 M of the adapter in the backbone, 0.42 and 0.16 in the depth decoder, heads
-    assert ablate.compare_costs(params | {"rank": 32, "alpha": 64, "train_mlp": True}) == pytest.approx(1.07, abs=0.02)
+    assert arms.compare_costs(params | {"rank": 32, "alpha": 64, "train_mlp": True}) == pytest.approx(1.07, abs=0.02)
 
 
 @pytest.mark.parametrize("profile", ["mini", "test"])
 def test_every_override_is_a_parameter_of_a_notebook_of_its_call(profile):
-    for work in ablate.plan_works(["no", "da"], profile):
+    for work in arms.plan_works(["no", "da"], profile):
         for stages, overrides in work.calls:
             known = set().union(*(settings.read_cell(stage) for stage in stages))
             assert set(overrides) - known <= {"compare", "sentences", "adapters_dir"}, work  # of 03 and 04, in the other call
@@ -145,7 +145,7 @@ def test_calls_say_what_the_arms_say(runner, tmp_path):
     for arm, _, overrides in pretended.calls:
         place = tmp_path / "ablate" / arm
         assert overrides["runs_dir"] == str(place) and overrides["adapters_dir"] == str(place / "models")
-        assert (overrides["seed"], overrides["sentences"], overrides["compare"]) == (3, ablate.SENTENCES, ["no"])
+        assert (overrides["seed"], overrides["sentences"], overrides["compare"]) == (3, arms.SENTENCES, ["no"])
         assert type(overrides.get("lr", 0.1)) is float  # as YAML reads it again, also 2.0e-05
     folder, = (tmp_path / "ablate" / "without_anchor" / "no" / SYNTHETIC).iterdir()
     assert pretended.calls[4][2]["init_adapter"] == str(folder / "adapter")
@@ -175,11 +175,11 @@ def test_paired_differences_are_by_sentence_and_leave_probes_out():
     rows = pd.concat([pd.DataFrame({"model": model, "language": "no", "text": order, "probe": [text == "0" for text in order],
                                     "heard": "no", "cer": [hard[int(text)] + worse for text in order], "ended": True})
                       for model, order, worse in ((REFERENCE, texts, 0), ("other", texts[::-1], 0.1))])
-    table = ablate.compare_arms(rows).set_index("model")
+    table = compare.compare_arms(rows).set_index("model")
     assert list(table.loc["other", ["difference", "difference low", "difference high"]]) == [0.1, 0.1, 0.1]
     assert (table.sentences == 11).all()
     assert table.loc["other", "CER low"] < table.loc[REFERENCE, "CER high"]
-    alone = ablate.compare_arms(rows[rows.model == "other"])
+    alone = compare.compare_arms(rows[rows.model == "other"])
     assert alone.difference.isna().all() and len(alone) == 1
 
 
@@ -233,7 +233,7 @@ def test_bad_parameters_stop_everything_before_it_starts(runner, capsys, argumen
 
 def test_values_come_back_from_the_command_line_as_they_were():
     for value in (2.0e-5, 0.0006, 3, True, "", "no", ["no", "sv"], "a path/with: signs", "x" * 200):
-        assert yaml.safe_load(ablate._write_value(value)) == value
+        assert yaml.safe_load(arms.write_value(value)) == value
 
 
 def test_an_interrupt_ends_the_calls_that_run(monkeypatch, tmp_path):
@@ -248,7 +248,7 @@ def test_an_interrupt_ends_the_calls_that_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ablate.subprocess, "Popen", start)
     monkeypatch.setattr(ablate.time, "sleep", interrupt)
-    works = ablate.plan_works(["no"], "mini", {"runs_dir": str(tmp_path)})
+    works = arms.plan_works(["no"], "mini", {"runs_dir": str(tmp_path)})
     before = time.time()
     with pytest.raises(KeyboardInterrupt):
         ablate.run_works(works, "mini", jobs=2)

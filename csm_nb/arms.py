@@ -1,0 +1,126 @@
+"""The arms of an ablation: the workbook with one thing changed at a time, at equal compute."""
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import CsmConfig, CsmForConditionalGeneration
+
+from csm_nb import params as settings
+from csm_nb import run as headless
+from csm_nb.csm import add_adapter
+from csm_nb.hub import fetch_model
+from csm_nb.params import STAGES, ParameterError, resolve_path
+
+ANCHOR, SYNTHETIC, ADAPTER, JUDGING = STAGES[1:5]
+STEPS = {ANCHOR: "anchor_steps", SYNTHETIC: "synthetic_steps", ADAPTER: "adapter_steps"}
+FROZEN, TRAINED = 4, 6  # FLOPs of a step by weight and position: 2 forward, 2 back to the activations, 2 to a trained weight
+FULL_LR = 0.2  # of LoRA's learning rate: what moves every weight moves the model further
+REFERENCE = "LoRA + text"  # the arm that the others are compared with
+SENTENCES = 24  # held-out sentences that an arm is judged by; 8 leave intervals that hide everything
+SET_BY_ARMS = ("language", "method", "train_text", "init_adapter", "adapters_dir", "compare")
+
+
+@dataclass
+class Work:
+    """One arm of one language in this call: its calls of csm_nb.run, one after the other, and the runs that they made.
+
+    A call is (stages, overrides); `params` are each stage's parameters before any arm changed them; `cost` is what a step
+    costs, 1 with LoRA.
+    """
+
+    arm: str
+    language: str
+    calls: list
+    params: dict
+    cost: float
+    log: Path
+    runs: dict[str, Path] = field(default_factory=dict)
+    at: int = 0
+    state: str = "waiting"
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+
+    def __str__(self):
+        return f"{self.language} {self.arm:<17}"
+
+
+def compare_costs(params: dict) -> float:
+    """Return what a step of full fine-tuning costs in FLOPs, where a step of LoRA costs 1.
+
+    A frozen weight costs 4 FLOPs a position (2 forward, 2 back to the activations), a trained one 2 more. So full
+    fine-tuning costs 1.5 where the adapter is small; the miniature's has a quarter of the weights that it adapts, and costs
+    as well. Weights are counted on the model's shape, the depth decoder's by its positions a frame. Embeddings are looked
+    up, not multiplied; attention's scores and recomputation are left out. Raises hub.ModelError.
+    """
+    config = CsmConfig.from_pretrained(fetch_model(params["base_model"]))
+    with torch.device("meta"):
+        model = CsmForConditionalGeneration(config)
+        model = add_adapter(model, params["rank"], params["alpha"], params["dropout"], params["train_mlp"])
+    depth = params["depth_ratio"] * config.num_codebooks  # positions of the depth decoder to one of the backbone
+    lora = full = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "codec_model" not in name:
+            weights = module.weight.numel() * (depth if "depth_decoder" in name else 1)
+            lora += weights * (TRAINED if "lora_" in name else FROZEN)
+            full += weights * (0 if "lora_" in name else TRAINED)
+    head = model.get_base_model().depth_decoder.codebooks_head.weight[0].numel() * depth  # one of its matrices a position
+    return (full + TRAINED * head) / (lora + FROZEN * head)
+
+
+def plan_arms(params: dict, cost: float = TRAINED / FROZEN) -> dict[str, list]:
+    """Return {arm: [(stages, overrides), ...]}, calls of csm_nb.run that all cost as many FLOPs.
+
+    `params` are the steps and learning rates of 01 to 03, `cost` is what compare_costs says: by so much less are the steps
+    of full fine-tuning. An arm without a stage gives its steps to the next one.
+    """
+    anchor, synthetic, adapter = (params[key] for key in STEPS.values())
+    stages, text = (ANCHOR, SYNTHETIC, ADAPTER, JUDGING), {"method": "lora", "train_text": True}
+    full = {key: max(1, round(params[key] / cost)) for key in STEPS.values()}
+    full |= {key: float(f"{params[key] * FULL_LR:.3g}") for key in ("lr", "adapter_lr")}
+    return {
+        "LoRA": [(stages, text | {"train_text": False})],
+        REFERENCE: [(stages, text)],
+        "full": [(stages, text | {"method": "full"} | full)],
+        "without anchor": [  # two calls: 02 and 03 take what they go on from by the same name
+            ((SYNTHETIC,), text | {"init_adapter": "", "synthetic_steps": anchor + synthetic}),
+            ((ADAPTER, JUDGING), text | {"init_adapter": SYNTHETIC}),
+        ],
+        "without synthetic": [
+            ((ANCHOR, ADAPTER, JUDGING), text | {"init_adapter": ANCHOR, "adapter_steps": synthetic + adapter})
+        ],
+    }
+
+
+def plan_works(languages, profile: str = "mini", overrides: dict | None = None) -> list[Work]:
+    """Return the arms of each language, every parameter of every call checked before anything starts.
+
+    `overrides` hold for all arms; `sentences` is 24 without one. Raises ParameterError, also for what the arms set themselves.
+    """
+    overrides = {"sentences": SENTENCES} | (overrides or {})
+    for key in SET_BY_ARMS:
+        if key in overrides:
+            raise ParameterError(f"command line: {key} is set by the arms (language by --langs), not by --set")
+    works = []
+    for language in dict.fromkeys(languages):
+        tasks = headless.plan_tasks([language], [*STEPS, JUDGING], profile, overrides)
+        params = {task.stage: task.params for task in tasks}
+        root, cost = Path(params[JUDGING]["runs_dir"]) / "ablate", compare_costs(params[ADAPTER])
+        for arm, calls in plan_arms(params[ANCHOR] | params[SYNTHETIC] | params[ADAPTER], cost).items():
+            place = root / re.sub(r"\W+", "_", arm.lower())
+            own = overrides | {"runs_dir": str(place), "adapters_dir": str(place / "models"), "compare": [language]}
+            calls = [(stages, own | changed) for stages, changed in calls]
+            for stages, changed in calls:
+                for stage in stages:
+                    settings.check_params(stage, params[stage] | changed)
+            step = cost if calls[0][1]["method"] == "full" else 1.0
+            works.append(Work(arm, language, calls, params, step, resolve_path(place) / f"{language}.log"))
+    return works
+
+
+def write_value(value) -> str:
+    """Return `value` as csm_nb.run takes it after --set KEY=."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
