@@ -114,7 +114,7 @@ def draw_ablation(table: pd.DataFrame, title: str = ""):
             ax.errorbar(row[name], place, xerr=[[row[name] - row[low]], [row[high] - row[name]]], color=INK, capsize=3,
                         linewidth=1.2)
             ax.annotate(f"{row[name]:.0%}", (max(row[name], row[high]), place), (6, 0), textcoords="offset points",
-                        va="center", fontsize=8.5, color=INK)
+                        va="center", fontsize=8.5, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         for row in table[done & (table.model == REFERENCE)].to_dict("records"):
             ax.axvline(row[name], color=COLOURS[1], linestyle="--", linewidth=1.1, zorder=0.9)
         set_labels(ax, label)

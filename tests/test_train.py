@@ -18,6 +18,7 @@ from csm_nb.batches import TrainingError, batch_clips, collate, pack_epoch, pack
 from csm_nb.checkpoints import list_checkpoints, mark_complete, prune_checkpoints
 from csm_nb.codec import encode, load_codec
 from csm_nb.csm import add_adapter, load_base, train_fully
+from csm_nb.provenance import read_json
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 from csm_nb.train import (
@@ -263,6 +264,23 @@ def test_a_checkpoint_without_its_marker_is_ignored_and_only_the_newest_are_kept
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4, 10]
     prune_checkpoints(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
+
+
+def test_a_checkpoint_carries_the_held_out_loss_of_its_own_step_or_none(base, rows, tmp_path):
+    model, processor = add_adapter(load_base("models/csm-mini", "cpu")[0], 4, 8, 0.0), base[1]
+    history = train_model(model, processor, rows, rows, tmp_path, Recipe(2, eval_every=2, save_every=1))
+    losses = [read_json(folder / "complete.json").get("eval_loss") for _, folder in list_checkpoints(tmp_path)]
+    assert losses == [None, history[-1]["eval_loss"]]
+
+
+def test_a_training_that_was_done_is_not_done_again_and_has_the_same_history(base, rows, tmp_path):
+    recipe, histories = Recipe(3, log_every=1), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = add_adapter(load_base("models/csm-mini", "cpu")[0], 4, 8, 0.0)
+        histories.append(train_model(model, base[1], rows, rows, tmp_path, recipe))
+        weights = {name: value.clone() for name, value in model.state_dict().items() if "lora_B" in name}
+    assert histories[0] == histories[1] and all(value.abs().max() > 0 for value in weights.values())
 
 
 def test_a_full_disk_says_so_and_keeps_the_last_good_checkpoint(rows, tmp_path, monkeypatch):
