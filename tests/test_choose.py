@@ -157,17 +157,17 @@ def test_the_lowest_score_is_chosen_and_ties_are_settled(scores, losses, chosen,
     assert table.step[table["by loss"]].tolist() == ([by_loss] if by_loss else [])
 
 
-def test_a_clip_that_babbles_counts_as_one(monkeypatch):
+def test_a_clip_that_babbles_counts_as_one_and_every_take_counts(monkeypatch):
     given = {}
 
-    def speak(model, processor, texts, speaker, seed, batch_size):
-        given.update(texts=texts, speaker=speaker, seed=seed, batch_size=batch_size)
-        return [SimpleNamespace(wav=np.zeros(9), ended=ended) for ended in (True, True, False)]
+    def speak(model, processor, texts, speaker, seed):
+        given.update(texts=texts, speaker=speaker, seed=seed)
+        return [SimpleNamespace(wav=np.zeros(9), ended=number < 8) for number in range(12)]
 
     monkeypatch.setattr(choose, "speak", speak)
-    monkeypatch.setattr(choose, "transcribe", lambda asr, wavs: [TEXTS[0], TEXTS[1], "bla " * 500])
-    monkeypatch.setattr(choose, "identify_languages", lambda lid, wavs: [{"no": 0.9, "sv": 0.1}, {"sv": 1.0}, {"no": 1.0}])
+    monkeypatch.setattr(choose, "transcribe", lambda asr, wavs: [TEXTS[0]] * 4 + [TEXTS[1]] * 4 + ["bla " * 500] * 4)
+    monkeypatch.setattr(choose, "identify_languages", lambda lid, wavs: [{"no": 0.9, "sv": 0.1}, {"sv": 1.0}] * 6)
     figures = judge_model(None, None, TEXTS, "no", None, None, "7", 5)
-    assert given == {"texts": list(TEXTS), "speaker": "7", "seed": 5, "batch_size": 3}
-    assert figures["CER"] == pytest.approx(1 / 3) and figures["heard right"] == pytest.approx(2 / 3)
-    assert figures["runaways"] == pytest.approx(1 / 3) and figures["score"] == pytest.approx(1)
+    assert given == {"texts": [text for text in TEXTS for _ in range(4)], "speaker": "7", "seed": 5}
+    assert figures["CER"] == pytest.approx(1 / 3) and figures["heard right"] == figures["low"] == figures["high"] == 0.5
+    assert figures["runaways"] == pytest.approx(1 / 3) and figures["score"] == pytest.approx(1 / 3 + 0.5 + 1 / 3)
