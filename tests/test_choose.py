@@ -15,17 +15,17 @@ from csm_nb import choose
 from csm_nb.batches import TrainingError
 from csm_nb.checkpoints import list_checkpoints, mark_complete, save_weights
 from csm_nb.choose import choose_checkpoint, describe_choice, judge_model, mark_choice
-from csm_nb.csm import add_adapter, load_adapter, load_base, train_fully
+from csm_nb.csm import add_adapter, load_base, train_fully
 from csm_nb.judge import load_asr, load_lid
 from csm_nb.synth import VOICES
 from csm_nb.train import Recipe, train_model
 
-TEXTS, VOICE = ["Hei, du.", "Kom hit nå!", "Jeg vet ikke."], VOICES[0].speaker_id
+TEXTS, VOICE = ["Good morning.", "Come here now!", "I do not know."], VOICES[0].speaker_id
 
 
 @pytest.fixture(scope="module")
 def judges():
-    return load_lid("models/lid-mini", "cpu"), load_asr("models/asr-mini", "cpu", "no")
+    return load_lid("models/lid-mini", "cpu"), load_asr("models/asr-mini", "cpu", "en")
 
 
 def trained_weights(model):
@@ -48,10 +48,10 @@ def ruin(model, names="lora_B"):
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
-    """(adapted model, processor, folder): checkpoint 10 speaks Norwegian, 20 has the lower loss and babbles."""
+    """(adapted model, processor, folder): checkpoint 10 speaks English as the base does, 20 has the lower loss and babbles."""
     folder = tmp_path_factory.mktemp("lora")
     model, processor = load_base("models/csm-mini", "cpu")
-    model = load_adapter(model, "models/lora_no", trainable=True).eval()
+    model = add_adapter(model, 4, 8, 0.0).eval()
     write_checkpoint(model, folder / "checkpoint-10", 4.0)
     ruin(model)
     write_checkpoint(model, folder / "checkpoint-20", 3.5)
@@ -61,7 +61,7 @@ def training(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(training, judges):
     model, processor, folder = training
-    return choose_checkpoint(model, processor, folder, TEXTS, "no", *judges, VOICE)
+    return choose_checkpoint(model, processor, folder, TEXTS, "en", *judges, VOICE)
 
 
 def test_babble_is_not_chosen_though_its_loss_is_lower(table):
@@ -83,7 +83,7 @@ def test_the_choice_is_described_for_the_metrics(table):
 def test_judged_again_it_is_the_same_whatever_the_model_held_before(training, judges, table):
     model, processor, folder = training
     ruin(model)
-    pd.testing.assert_frame_equal(choose_checkpoint(model, processor, folder, TEXTS, "no", *judges, VOICE), table)
+    pd.testing.assert_frame_equal(choose_checkpoint(model, processor, folder, TEXTS, "en", *judges, VOICE), table)
     best = load_file(folder / "checkpoint-10/adapter_model.safetensors")
     held = {re.sub(r"\.(default|modules_to_save)\b", "", name): value for name, value in trained_weights(model).items()}
     assert best.keys() == held.keys() and all(torch.equal(best[name], held[name]) for name in best)
@@ -116,7 +116,7 @@ def test_broken_checkpoints_are_left_out_and_named(training, judges, tmp_path, c
         next(iter(trained_weights(model).values())).fill_(float("nan"))
     save_weights(model, tmp_path / "checkpoint-30")
     (tmp_path / "checkpoint-40/adapter_model.safetensors").unlink()
-    table = choose_checkpoint(model, processor, tmp_path, TEXTS[:1], "no", *judges, VOICE)
+    table = choose_checkpoint(model, processor, tmp_path, TEXTS[:1], "en", *judges, VOICE)
     printed = capsys.readouterr().out
     assert table.step.tolist() == [10] and table.chosen.all() and table["by loss"].all()
     assert all(torch.equal(value, kept[name]) for name, value in trained_weights(model).items())
@@ -125,20 +125,20 @@ def test_broken_checkpoints_are_left_out_and_named(training, judges, tmp_path, c
     for name in ("adapter_model.safetensors", "complete.json"):
         (tmp_path / "checkpoint-10" / name).unlink()
     with pytest.raises(TrainingError, match="no checkpoint can be used.*checkpoint-20"):
-        choose_checkpoint(model, processor, tmp_path, TEXTS[:1], "no", *judges, VOICE)
+        choose_checkpoint(model, processor, tmp_path, TEXTS[:1], "en", *judges, VOICE)
 
 
 def test_without_a_checkpoint_it_says_what_to_do(training, judges, tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(TrainingError, match="no complete checkpoint.*train again"):
-        choose_checkpoint(*training[:2], tmp_path, TEXTS, "no", *judges)
+        choose_checkpoint(*training[:2], tmp_path, TEXTS, "en", *judges)
 
 
 def test_what_a_training_leaves_can_be_chosen_from(judges, tmp_path):
     model, processor = load_base("models/csm-mini", "cpu")
     model = add_adapter(model, 4, 8, 0.1)
     history = train_model(model, processor, make_rows(), make_rows(), tmp_path, Recipe(4, save_every=2, eval_every=2))
-    table = choose_checkpoint(model, processor, tmp_path, TEXTS[:1], "no", *judges)
+    table = choose_checkpoint(model, processor, tmp_path, TEXTS[:1], "en", *judges)
     losses = {row["step"]: row["eval_loss"] for row in history if "eval_loss" in row}
     assert table.step.tolist() == [step for step, _ in list_checkpoints(tmp_path)] == [2, 4]
     assert table["held-out loss"].tolist() == pytest.approx([losses[2], losses[4]], abs=1e-3)
