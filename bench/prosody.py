@@ -23,7 +23,7 @@ SPEECH = Path(__file__).resolve().parents[2] / "shared" / "speech"
 
 def gather_clips() -> dict[str, list]:
     """Return the clips to measure by what they are: espeak-ng in a low and a high voice, and recordings if they are there."""
-    texts = make_sentences("no", 8, 0, "held_out")
+    texts = make_sentences("no", 8, 0, "test")
     clips = {f"espeak-ng {name}": [speak_text(text, "no", voice) for text in texts]
              for name, voice in (("low", VOICES[0]), ("high", VOICES[1]))}  # fmt: skip
     if SPEECH.is_dir():

@@ -55,7 +55,7 @@ PEAK = 989e3  # GFLOP/s of an H100 or H200, dense, bfloat16
 def make_clips(count: int, seed: int = 0) -> list[dict]:
     """Token rows (text, speaker_id, codes) of random codes; every 8 clips, a stock step, spread evenly over 2 to 12 s."""
     rng = np.random.default_rng(seed)
-    words = " ".join(text for code in ("no", "sv", "da") for text in make_sentences(code, 300, seed, "held_out")).split()
+    words = " ".join(text for code in ("no", "sv", "da") for text in make_sentences(code, 300, seed, "test")).split()
     step, clips = BATCH * ACCUMULATE, []
     for _ in range(math.ceil(count / step)):
         for share in rng.permutation((np.arange(step) + rng.random(step)) / step):

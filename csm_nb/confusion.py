@@ -24,7 +24,7 @@ def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[s
 def list_sentences(languages, count: int, seed: int = 0) -> pd.DataFrame:
     """Probes and `count` held-out sentences of each language: columns language, text, probe (bool)."""
     rows = [(code, text, True) for code in languages for text in get_language(code).probes]
-    rows += [(code, text, False) for code in languages for text in make_sentences(code, count, seed, "held_out")]
+    rows += [(code, text, False) for code in languages for text in make_sentences(code, count, seed, "test")]
     return pd.DataFrame(rows, columns=["language", "text", "probe"])
 
 

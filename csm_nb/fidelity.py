@@ -125,7 +125,7 @@ def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tup
     CorpusError if there is no usable clip.
     """
     if not audio:
-        texts = make_sentences(language, count, seed, "held_out")
+        texts = make_sentences(language, count, seed, "test")
         rows = read_manifest(make_corpus(texts, language, resolve_path(out_dir) / f"clips_{language}", HELD_OUT_VOICES))
         source = "synthetic speech by espeak-ng, no recordings: the verdict says nothing about the language"
     else:

@@ -25,7 +25,7 @@ GROUPS = {"seen": "shipped voices", "unheard": "unheard voices", "read_by_others
 
 def speak_held_out(code: str, voices, clips: int, seed: int = 1, read_by: str | None = None):
     """`clips` held-out sentences of language `code` as (text, wav at 24 kHz), spoken by `voices` in turn."""
-    texts = make_sentences(code, clips, seed=seed, split="held_out")
+    texts = make_sentences(code, clips, seed=seed, split="test")
     return [(text, speak_text(text, read_by or code, voices[i % len(voices)])) for i, text in enumerate(texts)]
 
 
@@ -68,7 +68,7 @@ def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1
     CER and the share of runaways are of English, the only language that it was taught; what is heard when it reads no,
     sv and da is the bleed that adapters start from.
     """
-    texts = {code: make_sentences(code, sentences, seed, "held_out") for code in ("en", *NORDIC)}
+    texts = {code: make_sentences(code, sentences, seed, "test") for code in ("en", *NORDIC)}
     prompts = pd.DataFrame({"language": np.repeat(list(texts), sentences), "text": np.concatenate(list(texts.values()))})
     rows = judge_speech(speak_models(model, processor, {}, prompts, seed), lid, dict.fromkeys(CODES, asr))
     english = rows[rows.language == "en"]

@@ -20,8 +20,8 @@ from csm_nb.languages import LANGUAGES, get_language
 SENTENCES_DIR = Path(__file__).parent / "sentences"
 MIN_WORDS, MAX_WORDS = 2, 6
 MIN_CHARACTERS, MAX_CHARACTERS = 10, 40
-SPLITS = ("train", "held_out")
-HELD_OUT = 10  # one sentence in ten
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 10  # one sentence in ten: half of them for validation, half for tests
 _NOT_A_WORD = re.compile(r"[\W\d_]+")
 
 
@@ -31,12 +31,14 @@ def normalise_sentence(sentence: str) -> str:
 
 
 def split_of(sentence: str) -> str:
-    """ "train" or "held_out" (one in ten), by a hash of the sentence's words alone.
+    """Return "train", "validation" or "test" (one in twenty each of the last two), by a hash of the sentence's words alone.
 
-    So it depends on no count, seed or list, and case or punctuation can not carry a sentence across.
+    So it depends on no count, seed or list, and case or punctuation can not carry a sentence across. Validation is what a
+    training looks at, its loss and the choice of a checkpoint; test is what 00, 04 and 05 judge by, and nothing is chosen on it.
     """
     digest = hashlib.blake2b(normalise_sentence(sentence).encode(), digest_size=8).digest()
-    return "held_out" if int.from_bytes(digest, "big") % HELD_OUT == 0 else "train"
+    number = int.from_bytes(digest, "big")
+    return "train" if number % HELD_OUT else ("validation", "test")[number // HELD_OUT % 2]
 
 
 def read_templates(language: str) -> tuple[str, dict[str, list[str]], list[str]]:
@@ -78,7 +80,7 @@ def make_sentences(language: str, count: int, seed: int = 0, split: str = "train
     ValueError for an unknown language or split, and for a count beyond what the templates make (it says how many).
     """
     if split not in SPLITS:
-        raise ValueError(f'unknown split {split!r}; "train" or "held_out"')
+        raise ValueError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
     lists = _sentences_by_template(get_language(language).code)[split]
     total = sum(map(len, lists))
     if not 0 <= count <= total:

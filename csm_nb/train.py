@@ -313,7 +313,7 @@ def split_rows(rows):
         train = [i for i, voice in enumerate(speakers) if voice not in held_voices and texts[i] not in known]
         how = f"{len(held)} clips of {len(held_voices)} held-out speakers of {len(voices)}"
     else:
-        held = [i for i, text in enumerate(texts) if split_of(text) == "held_out"]
+        held = [i for i, text in enumerate(texts) if split_of(text) != "train"]
         train = [i for i, text in enumerate(texts) if split_of(text) == "train"]
         how = f"{len(held)} with held-out sentences ({len(voices)} speakers: too few to hold one out)"
     if not train or not held:

@@ -53,14 +53,15 @@ def test_every_template_is_drawn_from(code):
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_train_and_held_out_never_meet_under_any_seed(code):
     train = {normalise_sentence(s) for seed in range(5) for s in make_sentences(code, 2000, seed)}
-    held_out = {normalise_sentence(s) for seed in range(5, 9) for s in make_sentences(code, 300, seed, "held_out")}
-    assert train.isdisjoint(held_out)
-    assert {split_of(s) for s in train} == {"train"} and {split_of(s) for s in held_out} == {"held_out"}
+    held_out = {split: {normalise_sentence(s) for seed in range(5, 9) for s in make_sentences(code, 150, seed, split)}
+                for split in ("validation", "test")}
+    assert train.isdisjoint(held_out["validation"] | held_out["test"]) and held_out["validation"].isdisjoint(held_out["test"])
+    assert all({split_of(s) for s in part} == {name} for name, part in (held_out | {"train": train}).items())
 
 
 def test_nothing_trained_in_one_language_is_held_out_in_another():
-    train, held_out = ({s for code in LANGUAGES for s in all_sentences(code, split)} for split in texts.SPLITS)
-    assert train.isdisjoint(held_out)
+    train, validation, test = ({s for code in LANGUAGES for s in all_sentences(code, split)} for split in texts.SPLITS)
+    assert train.isdisjoint(validation | test) and validation.isdisjoint(test)
 
 
 def test_probes_are_never_among_the_sentences():
@@ -79,12 +80,13 @@ def test_a_probe_that_the_templates_could_make_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
-def test_one_sentence_in_ten_is_held_out(code):
-    assert 0.08 < len(all_sentences(code, "held_out")) / len(all_sentences(code)) < 0.12
+def test_one_sentence_in_twenty_each_is_for_validation_and_for_tests(code):
+    for split in ("validation", "test"):
+        assert 0.04 < len(all_sentences(code, split)) / len(all_sentences(code)) < 0.06
 
 
 def test_case_and_punctuation_do_not_carry_a_sentence_across_the_split():
-    for sentence in make_sentences("fr", 300) + make_sentences("pl", 100, 0, "held_out"):
+    for sentence in make_sentences("fr", 300) + make_sentences("pl", 100, 0, "test"):
         variants = (sentence.upper(), sentence.rstrip(" .?"), sentence.replace(" ", "  "), f"¿{sentence}!")
         assert {split_of(variant) for variant in variants} == {split_of(sentence)}
 
@@ -95,10 +97,10 @@ def test_composed_and_decomposed_letters_are_one_sentence():
 
 
 def test_same_request_gives_the_same_sentences_in_another_process():
-    code = "from csm_nb.texts import make_sentences as m; print('|'.join(m('sv', 40, 7) + m('sv', 9, 7, 'held_out')))"
+    code = "from csm_nb.texts import make_sentences as m; print('|'.join(m('sv', 40, 7) + m('sv', 9, 7, 'test')))"
     result = subprocess.run([sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, encoding="utf8",
                             check=True, env={"PYTHONHASHSEED": "11"}, cwd=texts.SENTENCES_DIR.parents[1])
-    assert result.stdout.strip().split("|") == make_sentences("sv", 40, 7) + make_sentences("sv", 9, 7, "held_out")
+    assert result.stdout.strip().split("|") == make_sentences("sv", 40, 7) + make_sentences("sv", 9, 7, "test")
 
 
 def test_seeds_give_different_sentences_and_counts_what_was_asked():
@@ -107,7 +109,7 @@ def test_seeds_give_different_sentences_and_counts_what_was_asked():
         assert len(set(make_sentences("da", count, 3))) == count
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", texts.SPLITS)
 def test_asking_for_too_many_says_how_many_there_are(split):
     there_are = len(all_sentences("pl", split))
     assert len(set(make_sentences("pl", there_are, split=split))) == there_are
@@ -119,8 +121,8 @@ def test_asking_for_too_many_says_how_many_there_are(split):
 def test_unknown_language_and_split_are_refused():
     with pytest.raises(ValueError, match="en, no, sv"):
         make_sentences("xx", 1)
-    with pytest.raises(ValueError, match="held_out"):
-        make_sentences("da", 1, split="test")
+    with pytest.raises(ValueError, match="validation, test"):
+        make_sentences("da", 1, split="held_out")
 
 
 @pytest.mark.parametrize(("code", "words"), [

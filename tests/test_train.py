@@ -371,7 +371,7 @@ def test_no_clips_is_an_error_that_says_so(base):
 
 
 def test_no_sentence_is_both_trained_on_and_held_out():
-    sentences = make_sentences("no", 90, split="train") + make_sentences("no", 10, split="held_out")
+    sentences = make_sentences("no", 90, split="train") + make_sentences("no", 10, split="validation")
     rows = [{"text": sentences[i % 100], "speaker_id": "0"} for i in range(200)]
     kept, held_out, how = split_rows(rows)
     assert len(kept) + len(held_out) == 200 and "too few" in how
