@@ -44,7 +44,7 @@ FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
-    "backend": ("transformers", "unsloth"),
+    "backend": ("transformers", "unsloth"), "choice": ("best", "last"),
 }  # fmt: skip
 TRAINED = {"lora": "adapter_config.json", "full": "config.json"}  # by method: what a stage leaves in its folder adapter/
 
