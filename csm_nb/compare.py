@@ -50,7 +50,7 @@ def describe_training(work: Work) -> dict:
     Compute is the FLOPs of its steps over those that LoRA takes with the profile's own steps (1 is equal).
     """
     made = [read_json(work.runs[stage] / "metrics.json") for stage in STEPS if stage in work.runs]
-    steps = sum(metrics["steps"] for metrics in made)
+    steps = sum(metrics["trained_steps"] for metrics in made)
     planned = sum(work.params[stage][key] for stage, key in STEPS.items())
     return {
         "trained parameters (M)": made[-1].get("trained_parameters_m"),

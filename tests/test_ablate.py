@@ -54,7 +54,7 @@ def pretend_stage(stage, params, folder):
         for place in (folder / "adapter", *([settings.resolve_path(params["adapters_dir"]) / name] if stage == ADAPTER else [])):
             place.mkdir(parents=True, exist_ok=True)
             (place / settings.TRAINED[params["method"]]).write_text(json.dumps([stage, inputs, params.get("init_adapter")]))
-        metrics = {"steps": params[STEPS[stage]], "last_loss": 4.5, "trained_parameters_m": 0.97, "verdict": "learned"}
+        metrics = {"trained_steps": params[STEPS[stage]], "last_loss": 4.5, "trained_parameters_m": 0.97, "verdict": "learned"}
         write_json(folder / "metrics.json", metrics)
     write_json(folder / "run.json", {"params": params, "inputs": inputs, "seconds": 10.0})
     write_json(folder / "done.json", {"verdict": "learned"})
