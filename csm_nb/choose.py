@@ -171,14 +171,14 @@ def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: st
 def summarise_speech(judged: pd.DataFrame) -> dict:
     """Return the means of judge_model's table: CER with its bootstrap interval over texts, share heard right with Wilson's,
     share of runaways, score."""
-    (cer_low, cer_high), (low, high) = bootstrap_interval(judged.CER), share_interval(judged.right)
+    (cer_low, cer_high), (low, high) = bootstrap_interval(judged.CER), share_interval(judged.right.sum(), len(judged))
     figures = (judged.CER.mean(), cer_low, cer_high, judged.right.mean(), low, high, judged.runaway.mean(), judged.score.mean())
     return dict(zip(JUDGED, map(float, figures), strict=True))
 
 
-def share_interval(hits) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of the share of true values (Wilson 1927): 16 of 16 is .81 to 1."""
-    interval = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(method="wilson")
+def share_interval(right: int, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share, `right` of `count` sentences (Wilson 1927): 16 of 16 is .81 to 1."""
+    interval = binomtest(int(right), int(count)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -220,6 +220,6 @@ def describe_choice(table: pd.DataFrame, history: list[dict]) -> dict:
 def describe_speech(judged: pd.DataFrame) -> dict:
     """Return for metrics and card how well the saved weights speak texts that had no part in the choice, with intervals."""
     names = ("cer", "cer_low", "cer_high", "heard_right", "heard_right_low", "heard_right_high", "runaways")
-    low, high = share_interval(judged.runaway)
+    low, high = share_interval(judged.runaway.sum(), len(judged))
     figures = dict(zip(names, summarise_speech(judged).values(), strict=False)) | {"runaways_low": low, "runaways_high": high}
     return {name: round(value, 4) for name, value in figures.items()} | {"judged_texts": len(judged)}
