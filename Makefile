@@ -1,4 +1,4 @@
-# make run | ablate | test | lab | setup | lock | clean; `make` alone says what each does. Variables are given on the command line
+# make run | models | ablate | test | lab | setup | lock | clean; `make` alone says what each does. Variables are given on the command line
 # (make run LANGS=da); none is taken from the environment, and LANG and LANGUAGE stay what they are: the locale.
 LANGS    = no sv da
 PROFILE  = mini
@@ -29,9 +29,10 @@ STAMP := $(ENV)/.csm-nb-setup
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
   [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
-.PHONY: help run ablate test lab setup lock clean
+.PHONY: help run models ablate test lab setup lock clean
 help:
 	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...'"
+	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
 	@echo "make ablate  the same with one thing changed at a time, at equal compute; LANGS PROFILE CORPUS JOBS SET as above"
 	@echo "make test    run every test"
 	@echo "make lab     open the notebooks in JupyterLab; LAB='--no-browser ...' for its options"
@@ -42,6 +43,9 @@ help:
 run: $(STAMP)
 	@$(PY) -m csm_nb.run --langs $(LANGS) --profile $(PROFILE) $(if $(STAGES),--stages $(STAGES)) \
 	  $(if $(AUDIO),--audio "$(AUDIO)") $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--set $(SET))
+
+models: $(STAMP)
+	@$(PY) -m csm_nb.models --langs $(LANGS) --profile $(PROFILE) --fetch
 
 ablate: $(STAMP)
 	@$(PY) -m csm_nb.ablate --langs $(LANGS) --profile $(PROFILE) $(if $(CORPUS),--corpus "$(CORPUS)") \

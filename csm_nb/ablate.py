@@ -1,7 +1,7 @@
-"""Runs the arms of an ablation: `python -m csm_nb.ablate --langs no --profile mini`; one table and one figure a language.
+"""Runs the arms of an ablation: `python -m csm_nb.ablate --langs no --profile mini`; one table and one figure per language.
 
-Each arm (LoRA, LoRA + text, full, without 01, without 02) runs through `python -m csm_nb.run` with runs and adapters of its
-own, below `runs/ablate/<arm>/`. What is done is skipped when it is called again.
+Each arm (arms.plan_arms) runs once per seed through `python -m csm_nb.run` with runs and adapters of its own, below
+`runs/ablate/<arm>/seed-<n>/`. What is done is skipped when it is called again.
 """
 
 import argparse
@@ -116,6 +116,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--profile", default="mini", help="models and sizes: mini, csm-1b, test or a YAML file")
     parser.add_argument("--corpus", help="the corpus for 03: a manifest.jsonl or a folder")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a parameter of all arms")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="of the trainings (default: one)")
     parser.add_argument("--jobs", type=int, default=count_cores(), help="arms side by side (default: one a core)")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -130,7 +131,7 @@ def main(arguments=None) -> int:
     options = parse_arguments(arguments)
     logging.set_verbosity_error()  # the ids of the miniature's special tokens are none of what is asked here
     try:
-        works = plan_works(options.langs, options.profile, options.set)
+        works = plan_works(options.langs, options.profile, options.set, options.seeds)
     except (ParameterError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -143,7 +144,7 @@ def main(arguments=None) -> int:
     command = " ".join(["python -m csm_nb.ablate", *(sys.argv[1:] if arguments is None else arguments)])
     for language in dict.fromkeys(options.langs):
         table, paths = write_report([work for work in works if work.language == language], command)
-        print(f"\n{get_language(language).name}, one training each: intervals are over sentences\n\n{format_table(table)}\n")
+        print(f"\n{get_language(language).name}: 95 % intervals over seeds and sentences\n\n{format_table(table)}\n")
         print(*map(show_path, paths), sep="\n")
     return 0 if all(work.state == "done" for work in works) else 1
 

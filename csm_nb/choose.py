@@ -1,50 +1,150 @@
-"""The checkpoint that speaks best: each one reads the same probes and is judged, since the lowest loss may mislead."""
+"""Which checkpoint is saved, whether its training taught anything, and how well it speaks: figures of the saved weights only."""
+
+import math
 
 import numpy as np
 import pandas as pd
+import torch
 from safetensors import SafetensorError
+from scipy.stats import binomtest
 
-from csm_nb.batches import TrainingError
-from csm_nb.checkpoints import MARKER, has_finite_weights, list_checkpoints, load_weights
+from csm_nb.batches import TrainingError, batch_clips, read_clips
+from csm_nb.checkpoints import has_finite_weights, list_checkpoints, load_weights
 from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, transcribe
-from csm_nb.provenance import read_json
 from csm_nb.speak import speak
+from csm_nb.texts import make_sentences
+from csm_nb.train import VALIDATION_CLIPS, compute_loss, inner_model
 
-TAKES = 4  # of each text: by one take of 8 probes an adapter's score was .47, .69 or 1.01, by four .57, .59 or .77
+CHOICES = ("best", "last")
+TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
+FEWEST_CLIPS = 8  # held-out clips; a bootstrap over fewer is too narrow to be believed
+LEAST_FALL = 0.01  # nats; a fall that two decimals do not show is none, however sure
+JUDGED = ("CER", "CER low", "CER high", "heard right", "low", "high", "runaways", "score")
 
 
-def choose_checkpoint(model, processor, out_dir, texts, language: str, lid, asr, speaker_id: str = "0",
-                      seed: int = 0) -> pd.DataFrame:
-    """Puts the weights of the best checkpoint in `out_dir` into `model` and returns how all of them did, one row each.
+@torch.no_grad()
+def measure_clips(model, processor, rows, recipe) -> np.ndarray:
+    """Return the loss of each held-out clip, shape (clips,): backbone + depth decoder, nats, weighed as the recipe weighs it.
 
-    `model` is as train_model leaves it. Every complete checkpoint, of an adapter or of a fully trained model, speaks `texts`
-    several times, with the same seed. Columns: step, held-out loss, what judge_model returns, then whether it is chosen, and
-    whether the loss would have chosen it. One that can not be read or holds weights that are no numbers is left out, and
-    printed. Raises TrainingError when none is left.
+    `rows` are the held-out token rows of train.split_rows, of which at most 128 are taken, as the training's own
+    evaluations do. Clips, their order and the frames that the depth decoder is asked for follow from the recipe's seed, so
+    that losses of two models are paired clip by clip. Their mean is over clips; the log's is over frames. Weights, modes
+    and random numbers are left as they were. Raises TrainingError when there is no clip.
     """
-    found, rows, broken = list_checkpoints(out_dir), [], []
-    for step, folder in found:
+    clips = read_clips(rows, processor, recipe.max_tokens, inner_model(model).codec_model.config.frame_rate)
+    chosen = np.sort(np.random.default_rng(recipe.seed).permutation(clips.usable)[:VALIDATION_CLIPS])
+    losses, training = [], model.training
+    model.eval()  # no dropout
+    try:
+        for index in chosen.tolist():
+            frames = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, index]).integers(2**62)))
+            batch = batch_clips(clips, [index], recipe.depth_ratio, frames)
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            losses.append(compute_loss(model, batch, recipe.codebook_weights, recipe.text_weight).loss.item())
+    finally:
+        model.train(training)
+    return np.array(losses)
+
+
+def compare_losses(before, after) -> dict:
+    """Return what a stage learned: the losses of the same held-out clips (measure_clips) before it and by the saved weights.
+
+    Keys: verdict, because (a sentence), first_loss, last_loss, loss_fall with its 95 % interval over clips, held_out_clips.
+    "learned" when the whole interval is a fall of .01 nats and more, else "no gain"; "unclear" with fewer than 8 clips.
+    Raises ValueError when the two are not of the same clips.
+    """
+    before, after = np.asarray(before, float), np.asarray(after, float)
+    if before.shape != after.shape:
+        raise ValueError(f"{len(before)} clips before and {len(after)} after; measure both on the same held-out clips")
+    falls = before - after
+    low, high = bootstrap_interval(falls)
+    first, last, fall, count = before.mean(), after.mean(), falls.mean(), len(falls)
+    words = f"the loss on {count} held-out clips went from {first:.2f} to {last:.2f} nats"
+    if count < FEWEST_CLIPS:
+        verdict = "unclear"
+        because = f"{words}; it takes {FEWEST_CLIPS} clips and more to decide: hold out {FEWEST_CLIPS - count} more"
+    else:
+        verdict = "learned" if low >= LEAST_FALL else "no gain"
+        because = f"{words}, a fall of {fall:.2f} (95 % interval {low:.2f} to {high:.2f})"
+        if verdict == "no gain":
+            because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
+            if fall > LEAST_FALL:  # an interval is as wide as 1 / the root of the clips
+                because += f", which about {math.ceil(count * ((fall - low) / (fall - LEAST_FALL)) ** 2)} clips would show"
+    figures = {"first_loss": first, "last_loss": last, "loss_fall": fall, "loss_fall_low": low, "loss_fall_high": high}
+    figures = {name: round(float(value), 4) for name, value in figures.items()}
+    return {"verdict": verdict, "because": because} | figures | {"held_out_clips": count}
+
+
+def draw_texts(language: str, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Return two lists of 32 validation sentences of `language`: one to choose a checkpoint by, one to report it by.
+
+    No sentence is in both, none is a probe or a sentence that 04 reads.
+    """
+    drawn = make_sentences(language, 2 * TEXTS, seed, "validation")
+    return drawn[:TEXTS], drawn[TEXTS:]
+
+
+def choose_checkpoint(model, processor, out_dir, rows, recipe, texts=(), language: str = "", lid=None, asr=None,
+                      speaker_id: str = "0", seed: int = 0, choice: str = "best") -> pd.DataFrame:
+    """Put the weights of the chosen checkpoint in `out_dir` into `model`; return what each candidate did, one row each.
+
+    `model` is as train_model leaves it. Candidates are the complete checkpoints of the last third of the steps. The one
+    with the lowest loss on held-out clips (measure_clips of `rows`) is taken. Where there are `texts` (32 and more) and
+    judges, another takes its place only if its score is better beyond the 95 % interval over texts: of six trainings, each
+    judged by four seeds, the lowest score alone took the worst checkpoint five times in 24 (CER .281), this rule never
+    (.266). With `choice` "last" the newest one is taken, for comparing trainings instead of checkpoints.
+
+    Columns: step, held-out loss, where judges were asked what summarise_speech returns and the score gained on the lowest
+    loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can not be read or holds
+    weights that are no numbers is left out, and printed. Raises TrainingError when none is left, and for too few texts.
+    """
+    if choice not in CHOICES:
+        raise TrainingError(f"choice is {choice!r}; allowed are {' and '.join(CHOICES)}")
+    if len(texts) and len(set(texts)) < TEXTS:
+        raise TrainingError(f"{len(set(texts))} texts to choose by; allowed are {TEXTS} and more (choose.draw_texts), or none: "
+                            "then the loss alone chooses")
+    folders = dict(find_candidates(model, out_dir)[-1 if choice == "last" else 0 :])
+    judged, table = [], []
+    for step, folder in folders.items():
+        load_weights(model, folder)
+        row = {"step": step, "held-out loss": measure_clips(model, processor, rows, recipe).mean()}
+        if len(texts) and len(folders) > 1:  # one candidate needs no judge
+            judged.append(judge_model(model, processor, texts, language, lid, asr, speaker_id, seed))
+            row |= summarise_speech(judged[-1])
+        table.append(row)
+    table = mark_choice(pd.DataFrame(table), [part.score.to_numpy() for part in judged])
+    if choice == "last":
+        table["why"] = "the last one, as choice=last asks"
+    load_weights(model, folders[table.step[table.chosen].item()])
+    return table.round(3)
+
+
+def find_candidates(model, out_dir) -> list:
+    """Return [(step, folder), ...] of the usable checkpoints in the last third of the steps, oldest first.
+
+    The newest usable one is the end of the steps. `model` tries on the weights and is left with some of them.
+    """
+    candidates, broken = [], []
+    for step, folder in reversed(list_checkpoints(out_dir)):
+        if candidates and 3 * step < 2 * candidates[0][0]:
+            break
         problem = find_problem(model, folder)
         if problem:
             broken.append(f"{folder.name}: {problem}")
-            continue
-        loss = read_json(folder / MARKER).get("eval_loss", float("nan"))
-        figures = judge_model(model, processor, texts, language, lid, asr, speaker_id, seed)
-        rows.append({"step": step, "held-out loss": loss} | figures)
-    if not rows:
+        else:
+            candidates.append((step, folder))
+    if not candidates:
         if broken:
             raise TrainingError(f"{out_dir}: no checkpoint can be used ({'; '.join(broken)}); delete them and train again")
         raise TrainingError(f"{out_dir}: no complete checkpoint to choose from; name the folder that a training wrote to, or "
                             "train again")
-    for line in broken:
+    for line in reversed(broken):
         print(f"left out, {line}")
-    table = mark_choice(pd.DataFrame(rows))
-    load_weights(model, dict(found)[table.step[table.chosen].item()])
-    return table.round(3)
+    return candidates[::-1]
 
 
 def find_problem(model, folder) -> str:
-    """Puts a checkpoint's weights into `model` and returns why they can not be used, or "" if they can."""
+    """Put a checkpoint's weights into `model` and return why they can not be used, or "" if they can."""
     try:
         load_weights(model, folder)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -52,43 +152,74 @@ def find_problem(model, folder) -> str:
     return "" if has_finite_weights(model) else "holds weights that are no numbers"
 
 
-def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0) -> dict:
-    """How well `model` speaks `texts`, each four times: CER and share heard as `language`, with 95 % intervals over texts,
-    runaways (share), score.
+def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0) -> pd.DataFrame:
+    """Return how well `model` speaks each of `texts`, once: one row per text with CER, right, runaway and score.
 
-    The score is CER + (1 - heard right) + runaways, an unweighted sum of three error rates: 0 is perfect, 3 the worst. A
-    clip's CER counts as 1 at most, so that one that babbles does not outweigh all the others.
+    The score is CER + (not heard as `language`) + runaway, an unweighted sum: 0 is perfect, 3 the worst. A clip's CER
+    counts as 1 at most, so that one that babbles does not outweigh all the others.
     """
-    texts = [text for text in texts for _ in range(TAKES)]
     said = speak(model, processor, texts, speaker_id, seed=seed)
     wavs = [s.wav for s in said]
-    cer = character_error_rates(texts, transcribe(asr, wavs)).clip(max=1).reshape(-1, TAKES).mean(1)
-    right = np.array([max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs)], dtype=float)
-    right, runaways = right.reshape(-1, TAKES).mean(1), float(np.mean([not s.ended for s in said]))
-    (cer_low, cer_high), (low, high) = bootstrap_interval(cer), bootstrap_interval(right)
-    return {
-        "CER": cer.mean(), "CER low": cer_low, "CER high": cer_high, "heard right": right.mean(), "low": low, "high": high,
-        "runaways": runaways, "score": cer.mean() + (1 - right.mean()) + runaways,
-    }
-
-
-def mark_choice(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the columns chosen (the lowest score; of equals the lower loss, then the later step) and by loss (the lowest)."""
-    def first(*keys):  # a missing loss sorts last
-        return table.sort_values([*keys, "step"], ascending=[True] * len(keys) + [False]).index[0]
-
-    measured = table["held-out loss"].notna()
-    return table.assign(**{
-        "chosen": table.index == first("score", "held-out loss"),
-        "by loss": (table.index == first("held-out loss")) & measured,
+    table = pd.DataFrame({
+        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs)).clip(max=1),
+        "right": [max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs)],
+        "runaway": [not s.ended for s in said],
     })
+    return table.assign(score=table.CER + ~table.right + table.runaway)
 
 
-def describe_choice(table: pd.DataFrame) -> dict:
-    """For a run's metrics, of choose_checkpoint's table: the chosen step with its figures, and the step that the loss chose."""
-    best, by_loss = table[table.chosen].iloc[0], table.step[table["by loss"]].tolist()
+def summarise_speech(judged: pd.DataFrame) -> dict:
+    """Return the means of judge_model's table: CER with its bootstrap interval over texts, share heard right with Wilson's,
+    share of runaways, score."""
+    (cer_low, cer_high), (low, high) = bootstrap_interval(judged.CER), share_interval(judged.right.sum(), len(judged))
+    figures = (judged.CER.mean(), cer_low, cer_high, judged.right.mean(), low, high, judged.runaway.mean(), judged.score.mean())
+    return dict(zip(JUDGED, map(float, figures), strict=True))
+
+
+def share_interval(right: int, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share, `right` of `count` sentences (Wilson 1927): 16 of 16 is .81 to 1."""
+    interval = binomtest(int(right), int(count)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
+    """Add to a table of step and held-out loss the columns chosen, by loss, why, and with scores what each gained.
+
+    `scores` has one array per row, the same texts in each (judge_model). Lowest loss first, of equals the later step. It
+    is replaced by one whose score is lower in the whole 95 % interval over texts; of several, by the lowest score.
+    """
+    best = chosen = table.sort_values(["held-out loss", "step"], ascending=[True, False]).index[0]
+    why = pd.Series(f"a higher loss than step {table.step[best]}", index=table.index)
+    why[best] = "the lowest held-out loss" if len(table) > 1 else "the only one in the last third of the steps"
+    if len(scores):
+        gains = [scores[best] - own for own in scores]
+        intervals = [bootstrap_interval(gain) for gain in gains]
+        table = table.assign(**{"gain": [gain.mean() for gain in gains], "gain low": [low for low, _ in intervals],
+                                "gain high": [high for _, high in intervals]})
+        why = pd.Series([f"{row.gain:+.3f} ({low:+.3f} to {high:+.3f}) in score against step {table.step[best]} over {len(gain)} "
+                         "texts" for row, (low, high), gain in zip(table.itertuples(), intervals, gains, strict=True)])
+        better = table[table["gain low"] > 0]
+        why[better.index] = "better beyond the interval: " + why[better.index]
+        rest = table.index.difference([*better.index, best])
+        why[rest] = "a higher loss, and not better beyond the interval: " + why[rest]
+        why[best] = "the lowest held-out loss" + ("" if len(better) else "; no other is better beyond the interval")
+        if len(better):
+            chosen = better.sort_values(["gain", "held-out loss"], ascending=[False, True]).index[0]
+    return table.assign(**{"chosen": table.index == chosen, "by loss": table.index == best, "why": why})
+
+
+def describe_choice(table: pd.DataFrame, history: list[dict]) -> dict:
+    """Return for metrics and card, of choose_checkpoint's table: steps of the saved weights and why those, steps trained."""
+    best = table[table.chosen].iloc[0]
     return {
-        "chosen_step": int(best.step), "step_by_loss": by_loss[0] if by_loss else None, "checkpoints": len(table),
-        "chosen_cer": float(best.CER), "chosen_heard_right": float(best["heard right"]),
-        "chosen_runaways": float(best.runaways), "chosen_score": float(best.score),
+        "steps": int(best.step), "chosen_because": best.why, "checkpoints": len(table),
+        "step_by_loss": int(table.step[table["by loss"]].iloc[0]), "trained_steps": int(history[-1]["step"]),
     }
+
+
+def describe_speech(judged: pd.DataFrame) -> dict:
+    """Return for metrics and card how well the saved weights speak texts that had no part in the choice, with intervals."""
+    names = ("cer", "cer_low", "cer_high", "heard_right", "heard_right_low", "heard_right_high", "runaways")
+    low, high = share_interval(judged.runaway.sum(), len(judged))
+    figures = dict(zip(names, summarise_speech(judged).values(), strict=False)) | {"runaways_low": low, "runaways_high": high}
+    return {name: round(value, 4) for name, value in figures.items()} | {"judged_texts": len(judged)}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import DynamicCache, MimiConfig, MimiModel
 from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose1d
 
-from csm_nb.hub import ModelError, fetch_model
+from csm_nb.hub import ModelError, fetch_model, find_weights
 from csm_nb.params import resolve_path
 
 # Seconds of audio in one batch at most; a longer clip is a batch of its own. A CPU works clip by clip: 16 clips of 2 s are
@@ -68,7 +68,7 @@ def _load_transformers(model):
 
 def _read_codec_weights(path):
     weights = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in (file for file in find_weights(path) if file.suffix == ".safetensors"):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 if name.startswith(_INSIDE_CSM):

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import MimiConfig, MimiModel
 
 from csm_nb.hub import ModelError, fetch_model
-from csm_nb.params import resolve_path
+from csm_nb.params import find_model, resolve_path
 
 _RENAMED = [  # a part of a name in moshi's checkpoint, in transformers'
     (r"(\.conv(tr)?)+\.", ".conv."), (r"^(en|de)coder\.model\.", r"\1coder.layers."),
@@ -117,7 +117,7 @@ def read_moshi(model) -> tuple[Path, dict, dict | None]:
     `mimi_name` and `mimi_config_name`), or a hub id, of which only the codec's files are fetched. Raises hub.ModelError
     for what is not there.
     """
-    path = resolve_path(model)
+    path = find_model(model) or resolve_path(model)
     folder = path.parent if path.is_file() else path if path.is_dir() else None
     names = _read_json(model, folder, "config.json") or {}
     weights = path if path.is_file() else _find_file(model, folder, names.get("mimi_name", MIMI_NAME))

@@ -1,6 +1,7 @@
 """Corpora: a manifest.jsonl or a folder of clips to rows, and the clips that can not be used set aside with the reason."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
+from csm_nb.clean import EncodingError, clean_text, compose, find_file, read_lines, read_text
 from csm_nb.languages import get_language
 
 REQUIRED = ("text", "audio_path", "speaker_id", "language")
@@ -22,31 +24,133 @@ class CorpusError(ValueError):
 
 
 def read_manifest(path) -> list[dict]:
-    """Return the rows of a manifest.jsonl, audio_path made absolute (relative ones start at the manifest's folder).
+    """Return the rows of a manifest.jsonl, checked and converted by SCHEMA, audio_path absolute and as the disk spells it.
 
-    Every field is kept. Raises CorpusError for a missing file, a line that is no JSON object, or a field that is missing or
-    null (a null text is a clip without one, for check_clips to set aside).
+    Relative paths start at the manifest's folder; fields that are not in SCHEMA are kept as they are. A null text, and an
+    encoding that is not understood (`text_fault` says of which line), is a clip without a text, for check_clips to set aside.
+    Raises CorpusError for a missing file, and once for all lines that are no JSON object, lack a field, or hold a value of
+    another kind: file, line, field, what was found and what is allowed.
     """
     path = Path(path)
     if not path.is_file():
         raise CorpusError(f"{path}: no such manifest")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = read_lines(path)
+    except EncodingError as error:
+        raise CorpusError(str(error)) from error
+    rows, faults = [], []
+    for number, (line, fault) in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _convert_row(json.loads(line))
         except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}: line {number} is no JSON ({error})") from error
-        row = row if isinstance(row, dict) else {}
-        lacking = [field for field in REQUIRED if field not in row or row[field] is None and field != "text"]
-        if lacking:
-            raise CorpusError(f"{path}: line {number} lacks {', '.join(lacking)}; found are {', '.join(row) or 'no fields'}, and "
-                              f"every line needs {', '.join(REQUIRED)}")
-        if not isinstance(row["audio_path"], str):
-            raise CorpusError(f"{path}: line {number} has {row['audio_path']!r} as audio_path; allowed is the path of a file")
-        rows.append(row | {"audio_path": str((path.parent / row["audio_path"]).resolve())})
+            faults.append(fault or f"line {number} is no JSON ({error})")
+            continue
+        except ValueError as error:
+            faults.append(f"line {number} {error}")
+            continue
+        row["audio_path"] = str(find_file(path.parent / row["audio_path"]).resolve())
+        rows.append(row | {"text": "", "text_fault": fault} if fault else row)
+    if faults:
+        more = f"; and {len(faults) - 3} lines more" if len(faults) > 3 else ""
+        raise CorpusError(f"{path}: {'; '.join(faults[:3])}{more}")
     return rows
+
+
+def _convert_row(row):
+    """A manifest's line by SCHEMA; ValueError with the fields that are missing or of another kind."""
+    row = row if isinstance(row, dict) else {}
+    row = {field: None if value != value else value for field, value in row.items()}  # NaN is how pandas writes a gap
+    lacking = [field for field in REQUIRED if field not in row or row[field] is None and field != "text"]
+    if lacking:
+        raise ValueError(f"lacks {', '.join(lacking)}; found are {', '.join(row) or 'no fields'}, and every line needs "
+                         f"{', '.join(REQUIRED)}")
+    for field, (convert, allowed) in SCHEMA.items():
+        if row.get(field) is None:
+            continue
+        try:
+            row[field] = convert(row[field])
+        except (TypeError, ValueError, LookupError, OverflowError):
+            raise ValueError(f"has {row[field]!r:.60} as {field}; allowed is {allowed}") from None
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a character ({error.object[error.start]!r}), which no file can be written with") from None
+    return row | {"text": row["text"] or ""}
+
+
+def _to_text(value):
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    number = _to_number(value)  # 1905, and 1905.0, which is what pandas makes of it in a column with a gap
+    return str(int(number)) if number.is_integer() else str(value)
+
+
+def _to_name(value):
+    name = _to_text(value)
+    if not name:
+        raise ValueError
+    return name
+
+
+def _to_code(value):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    return value.strip()
+
+
+def _to_path(value):
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError
+    return value
+
+
+def _to_number(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _to_seconds(value):
+    if isinstance(value, str) and not value.strip():  # a gap in a table that was made into JSON
+        return None
+    if (seconds := _to_number(value)) < 0:
+        raise ValueError
+    return seconds
+
+
+def _to_flag(value):
+    if isinstance(value, str):
+        value = {"": None, "0": False, "1": True, "false": False, "true": True}[value.strip().lower()]
+    elif isinstance(value, bool | int | float) and value in (0, 1):
+        value = bool(value)
+    elif value is not None:
+        raise ValueError
+    return value
+
+
+def _to_windows(value):
+    windows = [[_to_seconds(start), _to_seconds(end), _to_flag(stod)] for start, end, stod in value]
+    if any(None in (start, end, stod) or start >= end for start, end, stod in windows):
+        raise ValueError
+    return windows
+
+
+# What a manifest's fields are converted to, and what is said of a value that can not be; null (and NaN) is no value.
+SCHEMA = {
+    "text": (_to_text, "a text, or a number to be read as its digits"),
+    "audio_path": (_to_path, "the path of a file, as text"),
+    "speaker_id": (_to_name, "a name or a number"),
+    "language": (_to_code, "the code of a language, such as 'da'"),
+    "duration": (_to_seconds, "seconds, such as 1.2"),
+    "start": (_to_seconds, "seconds, such as 1.2"),
+    "end": (_to_seconds, "seconds, such as 1.2"),
+    "stod": (_to_flag, "1 or 0, or true or false, or null"),
+    "windows": (_to_windows, "a list of [start, end, 1 or 0], in seconds"),
+}
 
 
 def write_manifest(rows, path) -> Path:
@@ -65,7 +169,8 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
     """Return the rows of `language` in a manifest, or all clips of a folder: at most `limit`, drawn by `seed`.
 
     A folder's clips take their text from a .txt of the same name beside them, else none, and the folder they lie in as
-    speaker. Raises CorpusError when there is nothing of the language, naming what there is.
+    speaker; a text that can not be decoded leaves its clip for check_clips to set aside (`text_fault`). Raises CorpusError when
+    there is nothing of the language, naming what there is.
     """
     source, code = Path(source), get_language(language).code
     if source.is_dir() and (source / "manifest.jsonl").is_file():
@@ -81,11 +186,16 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
 
 
 def _read_folder(folder, language):
-    rows = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
-        beside = path.with_suffix(".txt")
-        text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
-        rows.append({"text": text, "audio_path": str(path.resolve()), "speaker_id": path.parent.name, "language": language})
+    files, rows = sorted(folder.rglob("*")), []
+    texts = {compose(str(path.with_suffix(""))): path for path in files if path.suffix.lower() == ".txt"}
+    for path in (path for path in files if path.suffix.lower() in SUFFIXES):
+        row = {"text": "", "audio_path": str(path.resolve()), "speaker_id": compose(path.parent.name), "language": language}
+        if beside := texts.get(compose(str(path.with_suffix("")))):
+            try:
+                row["text"] = clean_text(read_text(beside))
+            except (EncodingError, OSError) as error:
+                row["text_fault"] = str(error)
+        rows.append(row)
     return rows
 
 
@@ -93,8 +203,9 @@ def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_
                 need_one: bool = True) -> tuple[list, list]:
     """Return (good, set_aside): rows with their true `duration` in seconds, and rows with the `reason` against them.
 
-    Reasons are missing or unreadable files, no text (with `need_text`), silence, too short and too long. One bad clip
-    stops nothing. Raises CorpusError, with the first reasons, when no clip is good (and `need_one`).
+    Reasons are missing or unreadable files, a text that can not be decoded, no text or none with a letter or digit in it
+    (with `need_text`), silence, too short and too long. One bad clip stops nothing. Raises CorpusError, with the first reasons,
+    when no clip is good (and `need_one`).
     """
     good, set_aside = [], []
     for row in rows:
@@ -130,8 +241,10 @@ def _find_flaws(path):
 
 
 def _find_fault(row, min_seconds, max_seconds, need_text):
-    if need_text and not str(row.get("text") or "").strip():
-        return "no text", 0.0
+    if row.get("text_fault"):
+        return row["text_fault"], 0.0
+    if need_text and not any(map(str.isalnum, row["text"])):
+        return f"nothing to say in its text {row['text']!r}" if row["text"].strip() else "no text", 0.0
     try:
         wav = read_audio(row["audio_path"])
     except AudioError as error:

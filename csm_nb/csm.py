@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, BitsAndBytesConfig, CsmForConditionalGeneration
 from transformers.utils import logging
 
+from csm_nb.clean import clean_text
 from csm_nb.codec import load_codec, pick_device
-from csm_nb.hub import fetch_model
+from csm_nb.hub import fetch_model, find_weights
 from csm_nb.params import ROOT, TRAINED, show_path
 from csm_nb.provenance import describe_commit
 
@@ -52,7 +53,7 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: st
     """
     device = pick_device(device)
     _check_request(device, dtype, four_bit, backend)
-    path = fetch_model(model_id)
+    path = fetch_model(model_id, "base_model")
     dtype = DTYPES.get(dtype, dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     options = {"dtype": dtype}
     if four_bit:
@@ -97,7 +98,7 @@ def _load_unsloth(path, options, four_bit):
         model_name=str(path), auto_model=CsmForConditionalGeneration, max_seq_length=CONTEXT, load_in_4bit=four_bit,
         use_gradient_checkpointing=False, **options,
     )
-    for file in path.glob("*.safetensors"):  # it ties the backbone's table to the depth decoder's, even one filled at random
+    for file in find_weights(path):  # it ties the backbone's table to the depth decoder's, even one filled at random
         with safe_open(file, "pt") as tensors:
             for name in {BACKBONE_TABLE, DEPTH_TABLE} & set(tensors.keys()):
                 model.backbone_model.embed_tokens.embed_audio_tokens.weight.data.copy_(tensors.get_tensor(name))
@@ -360,6 +361,11 @@ audio = model.generate(**inputs, output_audio=True, max_new_tokens=100)
 
 
 def encode_text(processor, text: str, speaker_id: str) -> list[int]:
-    """Token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included."""
-    prompt = f"<|begin_of_text|>[{speaker_id}]{text}<|end_of_text|>"
-    return processor.tokenizer(prompt, add_special_tokens=False).input_ids
+    """Token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included.
+
+    The text is cleaned (clean_text) for whoever did not, and what looks like a control token in it is spelled out letter by
+    letter: it ends nothing.
+    """
+    tokenizer, prompt = processor.tokenizer, f"[{speaker_id}]{clean_text(text)}"
+    begin, end = tokenizer.convert_tokens_to_ids(["<|begin_of_text|>", "<|end_of_text|>"])
+    return [begin, *tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids, end]

@@ -1,47 +1,225 @@
-"""A model by its name: a folder below the project's root, or a hub id; or an error that says how to get it."""
+"""A model by its name: a folder of this project, or a hub id; or an error that says what is wrong and what brings it here."""
 
-import os
+import importlib.util
+import json
 import re
+import shutil
+import zipfile
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 
-from csm_nb.params import ROOT, resolve_path
+from csm_nb.clean import EncodingError, read_text
+from csm_nb.params import ROOT, find_model, is_hub_id, list_models, show_path
 
-WEIGHTS = ("*.safetensors", "*.bin")
-# Copies of the weights in other formats, which from_pretrained does not read.
-SKIPPED = ["*.pt", "*.pth", "*.onnx", "*.msgpack", "*.h5", "flax_model*", "tf_model*", "transformers/*"]
+# What from_pretrained (transformers 5.17) looks for, in this order, where config.json names no transformers_weights.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SETTINGS = (".json", ".jinja", ".model", ".txt", ".md")  # what is read or looked at beside them, all of it small
+POINTER = b"version https://git-lfs"
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+# What a model has to hold besides config and weights, by the parameter that names it.
+PARTS = {"base_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
+         "asr_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
+         "align_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR}, "lid_model": {"a processor": PROCESSOR}}
+SHIPPED = ("csm-mini", "lid-mini", "asr-mini")
+HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
 
 
 class ModelError(ValueError):
     """A model that is not there or not whole; the message says what was looked for and how to get it."""
 
 
-def fetch_model(name) -> Path:
-    """Return the folder of a model: `name` below the project's root (or absolute), else the hub's copy of that id.
+def fetch_model(name, use: str = "") -> Path:
+    """Return the folder of a model, whole: a hub id's below models/ by its last name, a path itself, or the hub's copy.
 
-    What from_pretrained needs must be in it: config.json and weights. Raises ModelError with the command that brings
-    the model here when there is neither a folder nor a way to the hub.
+    `use` is the parameter that it is for: what that needs besides config.json and weights must be in it (PARTS). The hub is
+    asked only for a model that is neither in the project nor in the hub's own cache. Raises ModelError, with the file, what
+    is wrong and the command that brings it, where a model is not whole, and where there is neither a folder nor a hub.
     """
-    folder = resolve_path(name)
-    if folder.is_dir():
-        return _check_folder(folder, name)
-    if str(name).startswith(("models/", "/", ".", "~")) or str(name).count("/") != 1:
+    place = find_model(name)
+    if place is not None and place.is_dir():
+        return check_folder(place, name, use)
+    if not is_hub_id(name):
         there = ", ".join(sorted(p.name for p in (ROOT / "models").glob("*/"))) or "none"
-        raise ModelError(f"{name}: no such folder ({folder}); under models/ there are: {there}")
+        raise ModelError(f"{name}: no such folder ({ROOT / str(name)}); under models/ there are: {there}")
+    cached = find_cached(name)
+    if cached is not None and not find_faults(cached, use):
+        return cached
+    return check_folder(download_model(name), name, use)
+
+
+def find_cached(name) -> Path | None:
+    """Return the folder of a hub id in the hub's own cache, whole or not, without asking the hub; None where there is none."""
     try:
-        return _check_folder(Path(snapshot_download(str(name), ignore_patterns=SKIPPED, etag_timeout=5)), name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        place = f"models/{str(name).split('/')[-1]}"
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except HUB_ERRORS:
+        return None
+
+
+def download_model(name, folder: Path | None = None) -> Path:
+    """Bring a hub id's files to `folder` (None: the hub's cache), those that from_pretrained reads, and return where they are.
+
+    Its file list comes first: a repository may hold its weights several times (sesame/csm-1b: its original ones beside
+    those that transformers reads, 6 GB more). A download that was cut off goes on. Raises ModelError where there is no hub.
+    """
+    try:
+        files, revision, _ = list_remote(name, folder)
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files, local_dir=folder, etag_timeout=5))
+    except HUB_ERRORS as error:
         raise ModelError(
             f"{name} is a hub id, and the hub gave no copy of it ({type(error).__name__}). Where there is a network run\n"
-            f"    hf download {name} --local-dir {place}\n"
-            f"(accept the model's terms on its page first if it has any), copy the folder here and name {place} in the "
-            "profile in params/ instead of the id"
+            f"    {tell_download(name)}\n"
+            f"(accept the model's terms on its page first if it has any) and copy the folder to {place_model(name)} here, where "
+            "it is looked for; or name another folder in the profile in params/"
         ) from error
+
+
+def list_remote(name, folder: Path | None = None) -> tuple[list[str], str, object]:
+    """Return (files that from_pretrained needs, commit, the hub's description with the sizes of all) of a hub id.
+
+    config.json, and the index of its weights where there is one, are fetched for that (to `folder`, or the cache).
+    """
+    info = HfApi().model_info(str(name), files_metadata=True, timeout=10)
+    names = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
+
+    def read(file):
+        path = hf_hub_download(str(name), file, revision=info.sha, local_dir=folder, etag_timeout=5)
+        return json.loads(Path(path).read_bytes())
+
+    if importlib.util.find_spec("pyctcdecode"):  # a recogniser's n-grams, without which the pipeline does as well
+        names += [file.rfilename for file in info.siblings if file.rfilename.startswith("language_model/")]
+    kept = [file for file in names if Path(file).suffix in SETTINGS or file.startswith(("LICENSE", "language_model/"))]
+    weights = list_weights(names, read) if "config.json" in names else [f for f in names if f.endswith(".safetensors")]
+    kept = [file for file in kept if not file.endswith(".index.json") or file in weights]
+    return sorted({*kept, *weights}), info.sha, info
+
+
+def list_weights(names, read) -> list[str]:
+    """Return which of a model's files from_pretrained takes its weights from, an index first; `read(file)` returns its JSON.
+
+    The file or index that config.json names (transformers_weights), or the usual ones; where there are none of them, every
+    .safetensors and .bin file.
+    """
+    config = read("config.json")
+    first = (config.get("transformers_weights") if isinstance(config, dict) else None) or next(
+        (file for file in WEIGHTS if file in names), None)
+    if first is None:
+        return sorted(file for file in names if file.endswith((".safetensors", ".bin")))
+    if not first.endswith(".index.json") or first not in names:
+        return [first]
+    return [first, *sorted(set(read(first)["weight_map"].values()))]
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Return the weight files of a folder that from_pretrained reads, without an index; see list_weights."""
+    names = [path.name for path in folder.iterdir()]
+    return [folder / file for file in list_weights(names, lambda file: json.loads((folder / file).read_bytes()))
+            if not file.endswith(".json")]
+
+
+def place_model(name) -> str:
+    """Return the folder below the project's root where a hub id is looked for."""
+    return f"models/{str(name).split('/')[-1]}"
+
+
+def tell_download(name, folder: str | None = None) -> str:
+    """Return the command that brings a hub id to a folder, by default the one where it is looked for."""
+    return f"hf download {name} --local-dir {folder or place_model(name)} --exclude '*.pt'"
+
+
+def check_models(settings) -> None:
+    """Check each model that is here and that some of `settings` (dicts of a stage's parameters) name; a few milliseconds each.
+
+    Raises ModelError for the first that is not whole. A model that moshi reads is left to codec_moshi.
+    """
+    for key, name in _list_named(settings):
+        place = find_model(name)
+        if place is not None and place.is_dir():
+            check_folder(place, name, key)
+
+
+def list_missing(settings) -> list[str]:
+    """Return the hub ids that some of `settings` name and that are neither below models/ nor in the hub's cache."""
+    return [name for name in dict.fromkeys(name for _, name in _list_named(settings))
+            if is_hub_id(name) and find_model(name) is None and find_cached(name) is None]
+
+
+def _list_named(settings):
+    return dict.fromkeys((key, name) for params in settings for key, names in list_models(params).items() for name in names
+                         if not (key == "codec_model" and "moshi" in params.values()))
+
+
+def check_folder(folder: Path, name, use: str = "") -> Path:
+    """Return `folder` if it is a whole model; ModelError, with each fault and the command that mends it, if it is not."""
+    faults = find_faults(folder, use)
+    if faults:
+        said = "; ".join(faults[:3])
+        raise ModelError(f"{name}: {folder} is not whole: {said}. {_tell_remedy(folder, name, said)}")
+    return folder
+
+
+def _tell_remedy(folder, name, said):
+    shown = show_path(folder)
+    if folder == ROOT / "models" / folder.name and folder.name in SHIPPED:
+        return f"It is shipped with the workbook: git checkout -- {shown}, or make it anew: python -m csm_nb.mini all"
+    pull = f"git -C {shown} lfs pull, or " if "git-lfs" in said and (folder / ".git").exists() else ""
+    owner = name if is_hub_id(name) else f"OWNER/{folder.name}"
+    cached = is_hub_id(name) and find_model(name) is None
+    return f"Copy it again from where it came from, or: {pull}{tell_download(owner, None if cached else shown)}"
+
+
+def find_faults(folder: Path, use: str = "") -> list[str]:
+    """Return what keeps a folder from being a whole model, [] if nothing does: by names, sizes and headers alone.
+
+    A file that is missing, empty, a dangling link, a git-lfs pointer, no JSON, or cut off (safetensors say in their header how
+    long they are); weights that the index names and that are not there; what `use` needs (PARTS). Weights that from_pretrained
+    does not read may be as they like.
+    """
+    names = sorted(path.name for path in folder.iterdir() if not path.is_dir())
+    small = [file for file in names if Path(file).suffix in (".json", ".jinja", ".model") or file in TOKENIZER]
+    faults = [fault for file in small if (fault := _find_fault(folder / file))]
+    weights, lacking = [], [] if "config.json" in names else ["config.json"]
+    if not faults and not lacking:
+        try:
+            weights = list_weights(names, lambda file: json.loads((folder / file).read_bytes()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            faults.append(f"its index of weights can not be used ({type(error).__name__}: {error})")
+        faults += [fault for file in weights if (fault := _find_fault(folder / file))]
+    if not weights and not any(file.endswith((".safetensors", ".bin")) for file in names):
+        lacking.append("weights (*.safetensors)")
+    lacking += [part for part, files in PARTS.get(use, {}).items() if not set(files) & set(names)]
+    return [f"it lacks {' and '.join(lacking)}"] * bool(lacking) + faults
+
+
+def _find_fault(path):
+    """What is wrong with one file, or "": a few bytes of it are read, all of a JSON file."""
+    if path.is_symlink() and not path.exists():
+        return f"{path.name} is a link to {path.readlink()}, which is not there"
+    if not path.is_file():
+        return f"{path.name} is not there"
+    size = path.stat().st_size
+    if size == 0:
+        return f"{path.name} is empty"
+    with open(path, "rb") as file:
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        return f"{path.name} is a git-lfs pointer of {size} bytes, not the file itself"
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "np"):  # compares the sizes in its header with the file's
+                pass
+        elif start.startswith(b"PK") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off at {size} bytes"
+    except ValueError as error:
+        return f"{path.name} is no JSON ({error})"
+    except (SafetensorError, OSError) as error:
+        return f"{path.name} is cut off or no safetensors file ({size} bytes: {error})"
+    return ""
 
 
 def describe_model(name) -> str:
@@ -50,25 +228,30 @@ def describe_model(name) -> str:
     What a reader has to know of a model before any figure (a miniature, synthetic speech, not for commercial use)
     stands in its card. A model without a card is named as such.
     """
-    place = resolve_path(name)
-    card = (place.parent if place.is_file() else place if place.is_dir() else _fetch_card(name)) / "README.md"
-    text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), flags=re.S) if card.is_file() else ""
+    text = re.sub(r"\A---\n.*?\n---\n", "", read_card(name), flags=re.S)
     prose = [part for part in text.split("\n\n") if part.strip() and not part.lstrip().startswith(("#", "<", "!", "|"))]
     return f"{name}: {' '.join(prose[0].replace('**', '').split()) if prose else 'has no model card'}"
 
 
-def _fetch_card(name):
-    """The folder of a hub id's card, without the model: a repository may hold more than what is used of it."""
+def read_card(name) -> str:
+    """Return a model's card (README.md), "" where it has none; without fetching the model, which may be more than is used."""
+    place = find_model(name)
+    if place is None:
+        try:
+            card = Path(hf_hub_download(str(name), "README.md", etag_timeout=5))
+        except HUB_ERRORS:
+            card = fetch_model(name) / "README.md"  # which says what is wrong
+    else:
+        card = (place.parent if place.is_file() else place) / "README.md"
+    if not card.is_file():
+        return ""
     try:
-        return Path(hf_hub_download(str(name), "README.md", etag_timeout=5)).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
-        return fetch_model(name)  # which says what is wrong
+        return read_text(card)
+    except EncodingError:  # only shown
+        return card.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
-def _check_folder(folder, name):
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any(os.path.getsize(path) for pattern in WEIGHTS for path in folder.glob(pattern)):
-        missing.append("weights (*.safetensors)")
-    if missing:
-        raise ModelError(f"{name}: {folder} lacks {' and '.join(missing)}; fetch or make the model again")
-    return folder
+def count_free_disk() -> int:
+    """Return the bytes that are left where models go."""
+    place = ROOT / "models"
+    return shutil.disk_usage(place if place.is_dir() else ROOT).free

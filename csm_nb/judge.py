@@ -21,7 +21,7 @@ _LABELS = {label: code for code, language in LANGUAGES.items() for label in (cod
 
 def load_lid(model, device: str = "auto"):
     """Return a language-ID pipeline of a folder or hub id (audio classification), in float32."""
-    return _load("audio-classification", model, device)
+    return _load("audio-classification", model, device, "lid_model")
 
 
 def load_asr(model, device: str = "auto", language: str = "en"):
@@ -30,16 +30,16 @@ def load_asr(model, device: str = "auto", language: str = "en"):
     A Whisper is told the language, so that it writes down what it hears instead of guessing which language it is.
     """
     entry = get_language(language)
-    asr = _load("automatic-speech-recognition", entry.asr if model == "by-language" else model, device)
+    asr = _load("automatic-speech-recognition", entry.asr if model == "by-language" else model, device, "asr_model")
     if asr.model.config.model_type == "whisper":
         asr.model.generation_config.language = entry.whisper
         asr.model.generation_config.task = "transcribe"
     return asr
 
 
-def _load(task, model, device):
+def _load(task, model, device, use):
     logging.disable_progress_bar()  # a bar that stays at 0 % in every executed notebook
-    return pipeline(task, model=str(fetch_model(model)), device=pick_device(device), dtype=torch.float32)
+    return pipeline(task, model=str(fetch_model(model, use)), device=pick_device(device), dtype=torch.float32)
 
 
 def _to_inputs(judge, wavs):

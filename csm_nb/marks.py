@@ -1,5 +1,6 @@
 """Where stød is in recordings: windows from hand marks (TSV, Praat TextGrid) or from a forced alignment of the text."""
 
+import io
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from parselmouth.praat import call
 from torchaudio.functional import forced_align, merge_tokens
 
 from csm_nb.audio import SAMPLE_RATE, read_audio, resample
+from csm_nb.clean import EncodingError, compose, read_text
 from csm_nb.judge import normalise_text
 
 COLUMNS = ("audio", "start", "end", "stod")
@@ -36,10 +38,15 @@ def read_marks(path) -> dict[str, list]:
         grids = sorted(path.rglob("*.TextGrid"))
         if not grids:
             raise MarksError(f"{path}: no .TextGrid in it; allowed are a TSV or a folder of TextGrids")
-        return {grid.stem: _read_textgrid(grid) for grid in grids}
+        return {compose(grid.stem): _read_textgrid(grid) for grid in grids}
     if not path.is_file():
         raise MarksError(f"{path}: no such file; marks are a TSV with {', '.join(COLUMNS)}, or a folder of TextGrids")
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(io.StringIO(read_text(path)), sep="\t", dtype=str, keep_default_na=False)
+    except EncodingError as error:
+        raise MarksError(str(error)) from error
+    except ValueError as error:  # nothing in it, or lines of unequal length
+        raise MarksError(f"{path}: {error}; marks are a TSV with {', '.join(COLUMNS)}") from error
     if missing := [name for name in COLUMNS if name not in table]:
         raise MarksError(f"{path}: found the columns {', '.join(table.columns)}; {', '.join(missing)} missing")
     marks = {}
@@ -51,7 +58,7 @@ def read_marks(path) -> dict[str, list]:
         if not 0 <= window[0] < window[1] or window[2] is None:
             raise MarksError(f"{path}, line {line}: start {row.start}, end {row.end}, stod {row.stod!r}; allowed are "
                              "0 <= start < end in seconds, and 1 or 0 for stød")
-        marks.setdefault(Path(row.audio).stem, []).append(window)
+        marks.setdefault(compose(Path(row.audio).stem), []).append(window)
     return marks
 
 
@@ -91,7 +98,8 @@ def find_windows(rows, marks: dict | None = None, asr=None) -> tuple[list[dict],
     """
     found, set_aside = [], []
     for row in rows:
-        windows, reason = row.get("windows") or (marks or {}).get(Path(row["audio_path"]).stem), "no marks, and no label of stød"
+        marked = (marks or {}).get(compose(Path(row["audio_path"]).stem))
+        windows, reason = row.get("windows") or marked, "no marks, and no label of stød"
         if not windows and row.get("stod") is not None:
             window, reason = align_rhyme(asr, read_audio(row["audio_path"]), row["text"]) if asr else (None, "no CTC recogniser")
             windows = [[*window, bool(row["stod"])]] if window else None

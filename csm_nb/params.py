@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from csm_nb.clean import EncodingError, find_file, read_text
 from csm_nb.languages import get_language
 from csm_nb.provenance import (
     describe_commit,
@@ -44,7 +45,7 @@ FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
-    "backend": ("transformers", "unsloth"),
+    "backend": ("transformers", "unsloth"), "choice": ("best", "last"),
 }  # fmt: skip
 TRAINED = {"lora": "adapter_config.json", "full": "config.json"}  # by method: what a stage leaves in its folder adapter/
 
@@ -76,8 +77,32 @@ class Run:
 
 
 def resolve_path(path) -> Path:
-    """Return an absolute path: `path` itself if it is absolute, else below the project's root, whatever the cwd."""
-    return ROOT / Path(path).expanduser()
+    """Return an absolute path: `path` itself if it is absolute, else below the project's root, whatever the cwd.
+
+    A name with accents is found in either Unicode form (find_file).
+    """
+    return find_file(ROOT / Path(path).expanduser())
+
+
+def find_model(name) -> Path | None:
+    """Return where a model is in this project, or None: a hub id's folder under models/, by its last name, or a path itself."""
+    if is_hub_id(name) and (ROOT / "models" / str(name).split("/")[1]).is_dir():
+        return ROOT / "models" / str(name).split("/")[1]
+    return resolve_path(name) if resolve_path(name).exists() else None
+
+
+def is_hub_id(name) -> bool:
+    """Return whether a model's name has the form of a hub id, owner/name, rather than of a path."""
+    return not str(name).startswith(("models/", "/", ".", "~")) and str(name).count("/") == 1
+
+
+def list_models(params: dict) -> dict[str, list[str]]:
+    """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard."""
+    models = {key: [params[key]] for key in MODELS if params.get(key)}
+    if models.get("asr_model") == ["by-language"]:
+        heard = (params["language"], *(("en", *params["compare"]) if "compare" in params else ()))
+        models["asr_model"] = list(dict.fromkeys(get_language(code).asr for code in heard))
+    return models
 
 
 def show_path(path) -> str:
@@ -112,6 +137,11 @@ def read_cell(stage: str) -> dict[str, Parameter]:
     return parameters
 
 
+def name_profile(profile: str) -> Path | str:
+    """Return the file of a profile, given by its name in params/ or as a YAML file."""
+    return Path(profile).resolve() if profile.endswith(".yaml") else f"params/{profile}.yaml"
+
+
 def load_params(files=(), overrides=None) -> tuple[dict, dict]:
     """Return (values, origins) of flat YAML files, later ones over earlier ones, and of `overrides` over all.
 
@@ -125,7 +155,9 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
             others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
             raise ParameterError(f"{show_path(path)}: no such file; in that folder there are: {others}")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(read_text(path)) or {}
+        except EncodingError as error:
+            raise ParameterError(str(error)) from error
         except yaml.YAMLError as error:
             raise ParameterError(f"{show_path(path)}: not readable as YAML: {error}") from error
         if not isinstance(content, dict):
@@ -198,15 +230,17 @@ def _check_type(key, value, parameter, origin):
 def find_inputs(params: dict) -> dict[str, dict]:
     """Return {name: {"path", "hash"}} of the files and models that a stage's effective parameters name.
 
-    Models hash as their weights and settings, a hub id as itself, a manifest as its bytes and its clips' sizes, a
-    folder of audio as its names and sizes. Where languages are compared, each adapter in `adapters_dir` is an input.
+    Models hash as their weights and settings, a hub id that is not under models/ as itself, a manifest as its bytes and its
+    clips' sizes, a folder of audio as its names and sizes. Where languages are compared, each adapter in `adapters_dir` is
+    an input.
     """
     inputs = {}
-    for key in MODELS:
-        if params.get(key):
-            place = resolve_path(params[key])
-            digest = hash_folder(place) if place.is_dir() else hash_file(place) if place.is_file() else params[key]
-            inputs[key] = {"path": show_path(place) if place.exists() else params[key], "hash": digest}
+    for key, names in list_models(params).items():
+        places = [find_model(name) for name in names]
+        digests = [name if place is None else hash_folder(place) if place.is_dir() else hash_file(place)
+                   for name, place in zip(names, places, strict=True)]
+        shown = [name if place is None else show_path(place) for name, place in zip(names, places, strict=True)]
+        inputs[key] = {"path": ", ".join(shown), "hash": digests[0] if len(digests) == 1 else hash_value(digests)}
     for key in RECORDINGS:
         if params.get(key):
             inputs[key] = {"path": show_path(params[key]), "hash": hash_recordings(resolve_path(params[key]))}

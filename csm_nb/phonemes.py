@@ -5,6 +5,7 @@ espeak-ng writes no stød and no tonal accent, which is what a lexicon is for: w
 
 import csv
 import functools
+import io
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from phonemizer.backend import EspeakBackend
 from phonemizer.backend.espeak.wrapper import EspeakWrapper
 from phonemizer.logger import get_logger
 
+from csm_nb.clean import clean_text, read_text
 from csm_nb.languages import get_language
 
 # NoFAbet, the alphabet of NB Uttale, in IPA: after the public-domain inventory of Sprakbanken/convert_nofabet
@@ -47,36 +49,34 @@ def _nofabet_to_ipa(phones: str) -> str:
     return "".join(ipa)
 
 
-def _read_csv(path: Path):
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = [pair for pair in COLUMNS if set(pair) <= set(reader.fieldnames or ())]
-        if not columns:
-            wanted = " or ".join(map(str, COLUMNS))
-            raise ValueError(f"{path}: columns {reader.fieldnames} found; a NB Uttale CSV has {wanted}")
-        word, phones = columns[0]
+def _read_csv(path: Path, text: str):
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = [pair for pair in COLUMNS if set(pair) <= set(reader.fieldnames or ())]
+    if not columns:
+        wanted = " or ".join(map(str, COLUMNS))
+        raise ValueError(f"{path}: columns {reader.fieldnames} found; a NB Uttale CSV has {wanted}")
+    word, phones = columns[0]
+    try:
         for row in reader:
-            try:
-                yield row[word] or "", _nofabet_to_ipa(row[phones] or "")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+            yield row[word] or "", _nofabet_to_ipa(row[phones] or "")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _read_phones(path: Path):
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            fields = line.strip().split("\t") if "\t" in line else line.split(maxsplit=1)
-            # an MFA dictionary with probabilities has them between the word and its phones
-            if len(fields) < 2 or not all(_NUMBER.fullmatch(field) for field in fields[1:-1]):
-                raise ValueError(
-                    f"{path}, line {number}: {line.strip()[:60]!r} is not a word and its phones; a lexicon is WikiPron "
-                    "TSV (word, tab, IPA phones), a Montreal Forced Aligner dictionary or a NB Uttale CSV"
-                )
-            phones = fields[-1].split()
-            if not NOT_SPEECH.intersection(phones):
-                yield fields[0], "".join(phones)
+def _read_phones(path: Path, text: str):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        fields = line.strip().split("\t") if "\t" in line else line.split(maxsplit=1)
+        # an MFA dictionary with probabilities has them between the word and its phones
+        if len(fields) < 2 or not all(_NUMBER.fullmatch(field) for field in fields[1:-1]):
+            raise ValueError(
+                f"{path}, line {number}: {line.strip()[:60]!r} is not a word and its phones; a lexicon is WikiPron "
+                "TSV (word, tab, IPA phones), a Montreal Forced Aligner dictionary or a NB Uttale CSV"
+            )
+        phones = fields[-1].split()
+        if not NOT_SPEECH.intersection(phones):
+            yield fields[0], "".join(phones)
 
 
 def read_lexicon(path) -> dict[str, str]:
@@ -89,14 +89,10 @@ def read_lexicon(path) -> dict[str, str]:
     and line for anything else, FileNotFoundError for no file.
     """
     path = Path(path)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = file.readline()
-        is_csv = "\t" not in first and "," in first
-        rows = list(_read_csv(path) if is_csv else _read_phones(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it, for example with iconv -t UTF-8") from None
-    rows = [tuple(unicodedata.normalize("NFC", part) for part in row) for row in rows if all(row)]
+    text = read_text(path)
+    first = text.partition("\n")[0]
+    rows = list((_read_csv if "\t" not in first and "," in first else _read_phones)(path, text))
+    rows = [(clean_text(word), unicodedata.normalize("NFC", ipa)) for word, ipa in rows if word and ipa]
     if not rows:
         raise ValueError(f"{path} has no pronunciations in it")
     lexicon: dict[str, str] = {}
@@ -137,7 +133,7 @@ def to_ipa(texts: list[str], language: str, lexicon: dict[str, str] | None = Non
     if isinstance(texts, str):
         raise TypeError("to_ipa takes a list of texts; put the one text into a list")
     get_language(language)
-    texts = [unicodedata.normalize("NFC", text).replace("’", "'") for text in texts]
+    texts = [clean_text(text) for text in texts]
     known = dict(lexicon or {})
     words = dict.fromkeys(word.lower() for text in texts for word in _WORD.findall(text))
     unknown = [word for word in words if word not in known]

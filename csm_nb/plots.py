@@ -16,6 +16,7 @@ COLOURS = ("#2f6db5", "#d9742b", "#3a8f5c", "#8e5aa8", "#b5485d", "#7a6a4f")
 PASS = "#3a8f5c"
 DYNAMICS = 70  # dB below the loudest point that a spectrogram shows
 HIGHEST = 8000  # Hz, top of a spectrogram
+LOSS = "backbone + depth loss (nats)"  # the sum of two means: over frames, and over the codes that the depth decoder learns
 
 
 def make_figure(rows: int = 1, columns: int = 1, width: float = 7, height: float = 3.2, **options):
@@ -272,7 +273,7 @@ def draw_losses(history):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 ax.plot(*zip(*points, strict=True), color=colour, label=f"{name} {label}".strip(), **style)
-    set_labels(ax, "Loss", "step", "loss (nats a code)")
+    set_labels(ax, "Loss", "step", LOSS)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ax.has_data():
         ax.legend(frameon=False, fontsize=9, ncols=len(histories))
@@ -282,37 +283,41 @@ def draw_losses(history):
 
 
 def draw_checkpoints(table):
-    """Return a figure of choose.choose_checkpoint's table by step: the held-out loss, then what the judges heard.
+    """Return a figure of choose.choose_checkpoint's table by step: the held-out loss, and what the judges heard if asked.
 
-    Points are checkpoints, whiskers 95 % intervals over clips; the dashed line is the chosen one, the dotted one what the
-    loss would have chosen.
+    Points are checkpoints, whiskers 95 % intervals over sentences; the dashed line is the chosen one, the dotted one what
+    the loss alone would have chosen.
     """
-    figure, axes = make_figure(1, 2, 9.5, 3.4, width_ratios=(2, 3))
+    heard = "score" in table
+    figure, axes = make_figure(1, 1 + heard, 9.5 if heard else 5, 3.4, width_ratios=(2, 3) if heard else None)
     table = table.sort_values("step")
-    measured = table[table["held-out loss"].notna()]
-    axes[0].plot(measured.step, measured["held-out loss"], color=GREY, marker="o", markersize=6, linewidth=1.4)
-    if measured.empty:
-        write_note(axes[0], "no loss was logged")
-    set_labels(axes[0], "Held-out loss", "step", "loss (nats a code)")
+    axes[0].plot(table.step, table["held-out loss"], color=GREY, marker="o", markersize=6, linewidth=1.4)
+    set_labels(axes[0], "Held-out loss", "step", LOSS)
     first, last = table.step.min(), table.step.max()
     span = max(1, last - first)
-    for place, (name, low, high) in enumerate((("CER", "CER low", "CER high"), ("heard right", "low", "high"))):
-        figures = table[[name, low, high]].set_axis(["median", "low", "high"], axis=1)
-        # apart, or equal whiskers cover each other
-        draw_medians(figures, table.step + (0.024 * place - 0.012) * span, axes[1], COLOURS[(1, 0)[place]])
-        axes[1].plot([], [], color=COLOURS[(1, 0)[place]], marker="o", label=name)
-    axes[1].plot(table.step, table.runaways, color=COLOURS[4], marker="s", markersize=5, linewidth=1.4, label="runaways")
-    axes[1].set_ylim(-0.04, 1.04)
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    set_labels(axes[1], "What the judges heard", "step", "share")
+    if heard:
+        draw_heard(table, axes[1], 0.012 * span)
     for ax in axes:
         for name, style in (("chosen", {"color": PASS, "linestyle": "--"}), ("by loss", {"color": GREY, "linestyle": ":"})):
             for step in table.step[table[name]]:
-                ax.axvline(step, linewidth=1.4, zorder=0, label=f"{name}: {step}" if ax is axes[1] else "", **style)
+                ax.axvline(step, linewidth=1.4, zorder=0, label=f"{name}: {step}" if ax is axes[-1] else "", **style)
         ax.set_xticks(table.step)
         ax.set_xlim(first - 0.1 * span, last + 0.1 * span)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
+
+
+def draw_heard(table, ax, shift: float) -> None:
+    """Draw CER, share heard right and runaways by step; the first two `shift` steps apart, or equal whiskers hide each other."""
+    for side, colour, (name, low, high) in ((1, COLOURS[1], ("CER", "CER low", "CER high")),
+                                            (-1, COLOURS[0], ("heard right", "low", "high"))):
+        figures = table[[name, low, high]].set_axis(["median", "low", "high"], axis=1)
+        draw_medians(figures, table.step - side * shift, ax, colour)
+        ax.plot([], [], color=colour, marker="o", label=name)
+    ax.plot(table.step, table.runaways, color=COLOURS[4], marker="s", markersize=5, linewidth=1.4, label="runaways")
+    ax.set_ylim(-0.04, 1.04)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    set_labels(ax, "What the judges heard", "step", "share")
 
 
 def draw_confusions(matrices):

@@ -1,5 +1,8 @@
 """The self-check of a loaded model: what is silently wrong elsewhere is looked at here, on a known batch, before any training."""
 
+import unicodedata
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import torch
@@ -9,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from csm_nb import train
 from csm_nb.attention import use_attention
 from csm_nb.batches import batch_clips, read_clips
+from csm_nb.clean import clean_text
 
 TOLERANCE = 0.02  # of the depth loss; bfloat16 keeps two to three digits
 FRAMES = (11, 7)  # of the known clips: a few, so that CSM-1B does it on a CPU in seconds
@@ -19,7 +23,8 @@ WAYS_OUT = {
     "depth loss is a mean": "the loss would train the depth decoder out of proportion (31 times on CSM-1B, where transformers "
                             "divides by frames instead of codes); use train.compute_loss, and look at transformers' version",
     "end of speech is labelled": "a model that never learns to stop runs on; look at train.build_inputs",
-    "text survives the tokenizer": "letters are lost before the model sees them; use the tokenizer of the base model, whole",
+    "text survives the tokenizer": "letters of the language itself are lost before the model sees them; use the tokenizer of the "
+                                   "base model, whole, or a base whose tokenizer has them",
     "trained: backbone": "attach with csm.start_training, which names both decoders by full path",
     "trained: depth decoder": "attach with csm.start_training, which names both decoders by full path",
     "not trained: codec": "names such as q_proj alone also match Mimi's layers; attach with csm.start_training",
@@ -33,13 +38,15 @@ class ProofError(RuntimeError):
     """A model that is not what a training needs; names each check that failed, what was found and what to do."""
 
 
-def prove_model(model, processor, texts=()) -> pd.DataFrame:
+def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
     """What was checked of `model`, whether it holds and what was found: a table for the notebook; all hold, or ProofError.
 
     After loading: one codebook table; the depth decoder's loss is the mean over its codes (computed again by hand from
-    random clips); the frame that ends speech is labelled in every codebook; `texts` come back from the tokenizer as they
-    were. With something to train in it (an adapter, or csm.train_fully) also: it sits in both decoders and not in the
-    codec, and gradients reach both. Weights, gradients, modes and random numbers are left as they were.
+    random clips); the frame that ends speech is labelled in every codebook; `texts`, which hold the language's own letters,
+    come back from the tokenizer as they were (after clean_text). Of the texts of `corpus` it says how many lose characters
+    (list_unknown names them), and stops only where all do. With something to train in it (an adapter, or csm.train_fully)
+    also: it sits in both decoders and not in the codec, and gradients reach both. Weights, gradients, modes and random
+    numbers are left as they were.
     """
     inner, checks = train.inner_model(model), {}
     tables = inner.backbone_model.embed_tokens.embed_audio_tokens.weight, inner.depth_decoder.model.embed_tokens.weight
@@ -54,7 +61,7 @@ def prove_model(model, processor, texts=()) -> pd.DataFrame:
         use_attention(inner, training)
         model.train(training)
         model.zero_grad()
-    checks["text survives the tokenizer"] = _check_texts(processor.tokenizer, texts)
+    checks["text survives the tokenizer"] = _check_texts(processor.tokenizer, texts, corpus)
     if trained:
         for part, name in (("backbone_model", "trained: backbone"), ("depth_decoder", "trained: depth decoder")):
             found = [tensor for tensor in trained if f"{part}." in tensor]
@@ -104,9 +111,55 @@ def _check_loss(model, inner, batch, trained):
     return checks
 
 
-def _check_texts(tokenizer, texts):
+def list_unknown(processor, texts) -> pd.DataFrame:
+    """Return the characters of `texts` that the model never gets to see, the most frequent first: to look at before a training.
+
+    A row for each: character, code point, name, count, texts (how many hold it), example, and what to do. They are those that
+    the tokenizer has no token for or drops, and those that are not of any writing (control characters, U+FFFD where an encoding
+    went wrong), which a tokenizer of bytes, Llama's, takes without a word. Signs that clean_text maps are not among them.
+    """
+    texts, counts, holders, examples = [clean_text(text) for text in texts], Counter(), Counter(), {}
+    for text, lost in zip(texts, _find_lost(processor.tokenizer, texts), strict=True):
+        found = Counter(text[i] for i in lost)
+        counts.update(found)
+        holders.update(found.keys())
+        examples |= {character: text for character in found if character not in examples}
+    rows = [(character, f"U+{ord(character):04X}", unicodedata.name(character, "no character"), count, holders[character],
+             examples[character], _advise(character)) for character, count in counts.most_common()]
+    return pd.DataFrame(rows, columns=["character", "code point", "name", "count", "texts", "example", "what to do"])
+
+
+def _find_lost(tokenizer, texts):
+    """For each text the places of characters that no known token stands for."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    for text, ids, spans in zip(texts, encoded.input_ids, encoded.offset_mapping, strict=True):
+        seen = {i for token, (start, end) in zip(ids, spans, strict=True) if token != tokenizer.unk_token_id
+                for i in range(start, end)}
+        yield [i for i, character in enumerate(text) if i not in seen and not character.isspace() or _is_broken(character)]
+
+
+def _is_broken(character):
+    return character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs")
+
+
+def _advise(character):
+    if _is_broken(character):
+        return "the text's encoding went wrong on the way: save it again as UTF-8"
+    if unicodedata.category(character)[0] in "LM":
+        return "a letter that this base can not read: respell the word, or leave the clip out"
+    return "write it as the word that is said"
+
+
+def _check_texts(tokenizer, texts, corpus):
     lost = []
-    for text in texts:
-        back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+    for text in map(clean_text, texts):
+        back = tokenizer.decode(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
         lost += [] if back == text else [f"{text!r} came back as {back!r}"]
-    return not lost, lost[0] if lost else f"{len(texts)} of {len(texts)}"
+    corpus = [clean_text(text) for text in corpus]
+    losing = sum(map(bool, _find_lost(tokenizer, corpus)))
+    if corpus and losing == len(corpus):
+        lost.append(f"every text of the corpus loses characters, the first is {corpus[0]!r}")
+    found = f"{len(texts)} of {len(texts)}" + (f"; of the corpus {len(corpus) - losing} of {len(corpus)}" if corpus else "")
+    return not lost, lost[0] if lost else found

@@ -11,6 +11,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from csm_nb.clean import EncodingError, find_file, read_lines
+
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "datasets", "moshi", "numpy", "papermill", "csm-nb")
 
 
@@ -44,9 +46,13 @@ def hash_recordings(path: Path) -> str:
         files = [p for p in sorted(path.rglob("*")) if p.is_file()]
         return hash_value([(p.relative_to(path).as_posix(), p.stat().st_size) for p in files])
     sizes = []
-    for line in path.read_bytes().splitlines():
+    try:
+        lines = [line for line, _ in read_lines(path)]
+    except EncodingError:  # corpora.read_manifest says so
+        lines = []
+    for line in lines:
         try:
-            sizes.append((path.parent / json.loads(line)["audio_path"]).stat().st_size)
+            sizes.append(find_file(path.parent / json.loads(line)["audio_path"]).stat().st_size)
         except (ValueError, LookupError, TypeError, OSError):  # a bad line or clip: corpora sets it aside and says so
             sizes.append(None)
     return hash_value([hash_file(path), sizes])

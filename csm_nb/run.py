@@ -18,7 +18,9 @@ from pathlib import Path
 
 import psutil
 import yaml
+from huggingface_hub import is_offline_mode
 
+from csm_nb import hub
 from csm_nb import params as settings
 from csm_nb.params import STAGES, ParameterError, resolve_path, show_path
 from csm_nb.provenance import count_cores, hash_folder, read_json, write_json
@@ -50,11 +52,12 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
     """Return the tasks of a call, by language and stage, every parameter of every one checked.
 
     A stage needs the stage that its `init_adapter` names; the one that compares adapters waits for all that train them.
-    Raises ParameterError, also for an adapter that no stage of this call makes and no earlier run left.
+    Raises ParameterError, also for an adapter that no stage of this call makes and no earlier run left, and hub.ModelError
+    for a model folder that is not whole.
     """
     if "language" in (overrides or {}):
         raise ParameterError("command line: language is set by --langs (make run LANGS=...), not by --set")
-    profile = Path(profile).resolve() if profile.endswith(".yaml") else f"params/{profile}.yaml"
+    profile = settings.name_profile(profile)
     tasks = {}
     for language in dict.fromkeys(languages):
         values, origins = settings.load_params([f"params/{language}.yaml", profile], overrides)
@@ -70,6 +73,7 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
         if stage == "04_confusion":
             task.needs += [tasks[key] for key in [(language, "03_adapter")] if key in tasks]
             task.after = [other for other in tasks.values() if other.stage == "03_adapter"]
+    hub.check_models([task.params for task in tasks.values()])
     return list(tasks.values())
 
 
@@ -250,12 +254,24 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return options
 
 
+def _check_away(tasks):
+    """Say which models will be fetched from the hub, and refuse where there is none to be had (HF_HUB_OFFLINE)."""
+    away = hub.list_missing([task.params for task in tasks])
+    if away and is_offline_mode():
+        commands = "\n    ".join(map(hub.tell_download, away))
+        raise hub.ModelError(f"{', '.join(away)}: not under models/, and HF_HUB_OFFLINE is set. Where there is a network run\n"
+                             f"    {commands}\nand copy the folders to models/ here; make models lists what is there")
+    if away:
+        print(f"from the hub, as they are not under models/: {', '.join(away)} (make models shows sizes and licences)")
+
+
 def main(arguments=None) -> int:
     """Run what the command line asks for; return 0 if all is done, 1 if not, 2 for bad parameters, 130 after Ctrl-C."""
     options = parse_arguments(arguments)
     try:
         tasks = plan_tasks(options.langs, options.stages, options.profile, options.set)
-    except ParameterError as error:
+        _check_away(tasks)
+    except (ParameterError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)

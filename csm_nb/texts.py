@@ -52,6 +52,12 @@ def read_templates(language: str) -> tuple[str, dict[str, list[str]], list[str]]
     return data["letters"], slots, data["templates"]
 
 
+def spell_alphabet(language: str) -> str:
+    """Return the letters of `language`, small and capital: what a tokenizer has to know for it."""
+    letters = read_templates(language)[0].strip()
+    return f"{letters} {letters.upper()}"
+
+
 @functools.cache
 def _sentences_by_template(language: str) -> dict[str, list[list[str]]]:
     _, slots, templates = read_templates(language)

@@ -33,8 +33,10 @@ def write_tokens(rows, codec, out_path) -> dict:
     Columns: text, codes (frames x codebooks, uint16), speaker_id, language, duration in seconds; frame rate, codebooks
     and a fingerprint of codec and rows in the schema's metadata. Finished parts of 64 clips survive a kill and are not
     encoded again; a file of the same codec and rows is left as it is. A clip that fails to read is set aside.
+    Raises TokensError, before anything is encoded, for a row that the file can not hold (a text that is none).
     """
     out_path, rows = Path(out_path), list(rows)
+    _check_rows(rows)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     mark = _fingerprint(rows, codec)
     parts = out_path.with_name(f"{out_path.name}.{mark[:12]}.parts")
@@ -79,6 +81,15 @@ def _write_part(rows, codec, path):
     columns["duration"] = [len(wav) / codec.config.sampling_rate for wav in wavs]
     table = pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA)
     _write_table(table.replace_schema_metadata({"set_aside": json.dumps(set_aside, ensure_ascii=False)}), path)
+
+
+def _check_rows(rows):
+    """What Parquet will not take is known before an hour of encoding, not after it."""
+    for row in rows:
+        for name in ("text", "language"):
+            if not isinstance(row[name], str) or any("\ud800" <= character <= "\udfff" for character in row[name]):
+                raise TokensError(f"{row['audio_path']} has {row[name]!r:.60} as {name}; allowed is a text of whole characters, "
+                                  "which corpora.read_manifest makes of what can be converted")
 
 
 def _write_table(table, path):

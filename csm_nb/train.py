@@ -324,10 +324,3 @@ def split_rows(rows):
 
 def _take(rows, indices):
     return rows.select(indices) if isinstance(rows, datasets.Dataset) else [rows[i] for i in indices]
-
-
-def describe_history(history: list[dict]) -> dict:
-    """Of a loss history: verdict ("learned" when the validation loss fell, else "no gain"), first_loss, last_loss, steps."""
-    losses = [row["eval_loss"] for row in history if "eval_loss" in row]
-    return {"verdict": "learned" if losses[-1] < losses[0] else "no gain", "first_loss": losses[0], "last_loss": losses[-1],
-            "steps": history[-1]["step"]}

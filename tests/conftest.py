@@ -27,7 +27,7 @@ def project(tmp_path):
     """Return a project with the machinery of runs, tiny notebooks 00 to 02, parameters for da and sv, and a "model"."""
     package = tmp_path / "csm_nb"
     package.mkdir()
-    for name in ("__init__", "hub", "languages", "params", "provenance", "report", "run"):
+    for name in ("__init__", "clean", "hub", "languages", "params", "provenance", "report", "run"):
         shutil.copy(ROOT / "csm_nb" / f"{name}.py", package)
     (package / "work.py").write_text("from csm_nb import helper\n")
     (package / "helper.py").write_text("VALUE = 1\n")
@@ -52,5 +52,7 @@ def project(tmp_path):
         (tmp_path / "params").mkdir(exist_ok=True)
         (tmp_path / "params" / f"{name}.yaml").write_text(text + "\n")
     (tmp_path / "models" / "base").mkdir(parents=True)
-    (tmp_path / "models" / "base" / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+        (tmp_path / "models" / "base" / name).write_text("{}")
+    (tmp_path / "models" / "base" / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     return tmp_path

@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT
 from test_report import LOADS
 
+from csm_nb import choose, csm, tokens, train
 from csm_nb import run as headless
 from csm_nb.params import NOTEBOOKS, STAGES, read_cell
 from csm_nb.provenance import read_json
@@ -87,6 +88,21 @@ def test_stage_runs_at_the_smallest_size(stage, places, capsys):
     params = read_json(done.with_name("run.json"))["params"]
     assert all(params[key] == profile[key] for key in profile.keys() & params.keys())
     assert not LOADS.findall(done.with_name("notebook.html").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES[1:4])
+def test_figures_of_a_training_are_of_the_weights_that_it_saved(stage, places):
+    (done,) = (ROOT / places["runs_dir"]).glob(f"da/{stage}/*/done.json")  # of the test above
+    metrics, params = (read_json(done.with_name(f"{name}.json")) for name in ("metrics", "run"))
+    model, processor = csm.load_base("models/csm-mini", "cpu")
+    rows = tokens.read_tokens(done.with_name("tokens.parquet"), model.codec_model)
+    recipe = train.read_recipe(params["params"], steps=metrics["trained_steps"], lr=1.0)
+    saved = csm.load_adapter(model, done.parent / "adapter").eval()
+    assert choose.measure_clips(saved, processor, train.split_rows(rows)[1], recipe).mean() == pytest.approx(
+        metrics["last_loss"], abs=1e-3)
+    card = (done.parent / "adapter" / "README.md").read_text()
+    assert all(f"| {name} | {metrics[name]} |" in card for name in ("verdict", "last_loss", "steps", "chosen_because"))
+    assert stage == STAGES[1] or f"| cer | {metrics['cer']} |" in card
 
 
 def test_plain_papermill_runs_a_notebook_too(places, tmp_path):

@@ -25,7 +25,6 @@ from csm_nb.train import (
     Recipe,
     build_inputs,
     compute_loss,
-    describe_history,
     prepare_model,
     read_recipe,
     restore_model,
@@ -214,8 +213,8 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter(rows, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model = add_adapter(model, 4, 8, 0.0, mlp=True)
     history = train_model(model, processor, rows, rows, tmp_path, Recipe(6, lr=5e-3, depth_ratio=0.5))
-    summary = describe_history(history)
-    assert summary["verdict"] == "learned" and summary["steps"] == 6
+    losses = [row["eval_loss"] for row in history if "eval_loss" in row]
+    assert losses[-1] < losses[0] and history[-1]["step"] == 6
     after = model.unload().state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     logged = read_log(tmp_path)
