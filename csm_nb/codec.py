@@ -1,5 +1,6 @@
 """The Mimi codec: speech to codes and back, clips in batches or a stream in chunks, the codes of each clip alone."""
 
+import hashlib
 import json
 from collections import defaultdict
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose
 
 from csm_nb.hub import ModelError, fetch_model, find_weights
 from csm_nb.params import resolve_path
+from csm_nb.provenance import hash_value
 
 # Seconds of audio in one batch at most; a longer clip is a batch of its own. A CPU works clip by clip: 16 clips of 2 s are
 # encoded at 51 x real time together and 75 x one by one, decoded at 64 and 127 (csm-mini, one core: out of its cache).
@@ -74,6 +76,17 @@ def _read_codec_weights(path):
                 if name.startswith(_INSIDE_CSM):
                     weights[name.removeprefix(_INSIDE_CSM)] = tensors.get_tensor(name).float()
     return weights
+
+
+def fingerprint_codec(codec) -> str:
+    """Return 12 hex digits that name a codec's weights: of a Mimi alone, inside a CSM, of moshi's or in bfloat16 the same.
+
+    Made of its convolutions and codebooks, which all of these store alike, rounded to bfloat16, whatever their names.
+    """
+    state = getattr(codec, "mimi", codec).state_dict()
+    kept = [value for name, value in state.items() if value.ndim == 3 or name.endswith(("embed_sum", "embedding_sum"))]
+    kept = [value.cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy() for value in kept]
+    return hash_value(sorted(hashlib.sha256(value.tobytes()).hexdigest() for value in kept))
 
 
 def frame_rate(codec) -> float:

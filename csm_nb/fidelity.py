@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import soundfile
+from scipy.stats import binomtest
 
 from csm_nb import sounds
 from csm_nb.audio import SAMPLE_RATE, read_audio
@@ -20,7 +21,9 @@ from csm_nb.synth import HELD_OUT_VOICES, make_corpus
 from csm_nb.texts import make_sentences
 
 SHORT = 0.5  # s; shorter clips are taken only where there are not enough others
-FIGURES = ["median", "low", "high", "clips"]
+FIGURES = ["figure", "low", "high", "measured", "found"]
+SUMMARY = ["condition", "measure", "statistic", *FIGURES]
+SHARES = ("accent_right", "right_language")  # of a clip 1 or 0: their mean is a share
 MIN_CLIPS = 10  # measured clips below which no verdict is given
 
 
@@ -53,7 +56,7 @@ CRITERIA = (
 LABELS = {c.measure: c.label for c in CRITERIA} | {
     "mel_distance_db": "mel distance (dB)", "hnr_change_db": "change of HNR (dB)", "peak_shift_ms": "peaks shifted (ms)",
     "valley_shift_ms": "valleys shifted (ms)", "turns_kept_percent": "turns kept (%)",
-    "h2_h1_error_st": "H2 - H1 error (semitones)", "accent_right": "accents told apart (%)",
+    "h2_h1_error_st": "H2 - H1 error (semitones)", "accent_right": "accents told apart (share)",
     "stod_retention": "stød retention", "stod_rise": "rise without stød (spreads)",
 }  # fmt: skip
 # Controls, and what a sound check does with them: "passes" and "fails" by its criteria; "lowers" the first criterion's
@@ -65,13 +68,15 @@ CONTROLS = {"identity": "passes", "Vorbis": "passes", "flat F0": "fails"}
 class Evidence:
     """One set of clips that says something about a trait: what they are, what was measured (summarise), and the criteria.
 
-    `controls` maps the conditions that are controls to what a sound check does with them.
+    `controls` maps the conditions that are controls to what a sound check does with them. `note` says how many there were
+    to look for, and why none was found where that is so.
     """
 
     name: str
     summary: pd.DataFrame
     criteria: tuple = CRITERIA
     controls: dict = field(default_factory=lambda: dict(CONTROLS))
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,16 @@ def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tup
     if not audio:
         texts = make_sentences(language, count, seed, "test")
         rows = read_manifest(make_corpus(texts, language, resolve_path(out_dir) / f"clips_{language}", HELD_OUT_VOICES))
-        source = "synthetic speech by espeak-ng, no recordings: the verdict says nothing about the language"
+        source = ("synthetic speech by espeak-ng, no recordings: it shows nothing of how people say the language, though a stop "
+                  "holds back training until there is a verdict on recordings")
     else:
         rows = load_corpus(resolve_path(audio), language)
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
         rows.sort(key=lambda row: (row.get("duration") or SHORT) < SHORT)
-        source = f"{audio}, {len(rows)} clips of {get_language(language).name}"
+        source = f"{len(rows)} clips of {get_language(language).name} in {audio}"
     good, set_aside = check_clips(rows[: 2 * count], need_text=False)
-    return good[:count], set_aside, source
+    good = good[:count]
+    return good, set_aside, source if not audio or len(good) == len(rows) else f"{len(good)} of the {source}"
 
 
 def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]:
@@ -225,105 +232,144 @@ def list_unmeasured(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(measures: pd.DataFrame, names=MEASURES, statistic: str = "median") -> pd.DataFrame:
-    """Return one row a condition and measure: median over clips, its 95 % bootstrap interval, number of clips.
+    """Return one row per condition and measure, with the columns SUMMARY.
 
-    `statistic` "mean" takes the median's place (and column) where a clip is only right or wrong.
+    `figure` is the `statistic` over clips ("median" or "mean"; "share" for the SHARES, whatever is asked for), low and high
+    its 95 % interval (bootstrap; of a share by Wilson), `measured` the clips that it is over, `found` all there were.
     """
-    rows, statistic = [], getattr(np, statistic)
+    rows = []
     for condition, part in measures.groupby("condition", sort=False):
         for measure in names:
             values = part[measure].to_numpy(float)
             values = values[np.isfinite(values)]
-            low, high = bootstrap_interval(values, statistic)
-            median = float(statistic(values)) if len(values) else np.nan
-            rows.append((condition, measure, median, low, high, len(values)))
-    return pd.DataFrame(rows, columns=["condition", "measure", "median", "low", "high", "clips"])
+            if measure in SHARES:
+                name, compute, (low, high) = "share", np.mean, _share_interval(values)
+            else:
+                name, compute = statistic, getattr(np, statistic)
+                low, high = bootstrap_interval(values, compute)
+            figure = float(compute(values)) if len(values) else np.nan
+            rows.append((condition, measure, name, figure, low, high, len(values), len(part)))
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def _share_interval(values):
+    """Wilson's 95 % interval of the share of ones; 16 of 16 are .81 to 1, where a bootstrap would say 1 to 1."""
+    if not len(values):
+        return np.nan, np.nan
+    interval = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def tabulate(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return a summary as one reads it: a row a condition, a column a measure, "median (low to high)"."""
-    text = [format_figure(row.median, row.low, row.high) for row in summary[["median", "low", "high"]].itertuples()]
+    """Return a summary as one reads it: a row per condition, a column per measure, "figure (low to high)".
+
+    Column `measured` is the number of clips behind the figures of a row; a figure over fewer says so itself.
+    """
+    most = summary.groupby("condition").measured.max()
+    text = [format_figure(row.figure, row.low, row.high)
+            + (f", of {row.measured}" if 0 < row.measured < most[row.condition] else "") for row in summary.itertuples()]
     wide = summary.assign(text=text).pivot(index="condition", columns="measure", values="text")
     wide = wide.loc[summary.condition.unique(), summary.measure.unique()].rename(columns=LABELS | sounds.LABELS)
-    return wide.assign(clips=summary.groupby("condition").clips.max())
+    return wide.assign(measured=most)
 
 
-def format_figure(median: float, low: float, high: float) -> str:
+def format_figure(figure: float, low: float, high: float) -> str:
     """Return "0.95 (0.93 to 0.97)", to three digits; "not measured" for NaN."""
-    if not np.isfinite(median):
+    if not np.isfinite(figure):
         return "not measured"
-    digits = 2 if max(abs(median), abs(high)) < 2 else 1
+    digits = 2 if max(abs(figure), abs(high)) < 2 else 1
     if not np.isfinite(low):
-        return f"{median:.{digits}f}"
-    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+        return f"{figure:.{digits}f}"
+    return f"{figure:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 # Verdict
 
 
 def check_controls(evidence) -> pd.DataFrame:
-    """Return a row a set of clips and control: what it should do, what it does, and so whether it behaves.
+    """Return a row per set of clips and control: what it should do, what it does, and so whether it behaves.
 
-    A check that fails an unchanged clip or passes a flattened melody measures something else: then there is no verdict.
+    A check that fails an unchanged clip or passes a flattened melody measures something else: then there is no verdict. A
+    criterion that a control has no measured clip of says nothing of it, and a set without any measured clip has no row.
     """
-    rows = []
+    columns, rows = ["clips", "control", "should", "does", "fails on", "behaves"], []
     for part in evidence:
+        if not part.summary.measured.sum():
+            continue
         first = part.criteria[0].measure
-        figures = {name: group.set_index("measure") for name, group in part.summary.groupby("condition")}
+        seen = part.summary[part.summary.measured > 0]
+        figures = {name: group.set_index("measure") for name, group in seen.groupby("condition")}
         for name, expected in part.controls.items():
-            medians = figures[name]["median"] if name in figures else pd.Series(dtype=float)
-            broken = [c.label for c in part.criteria if not c.holds(medians.get(c.measure, np.nan))]
+            group = figures.get(name, seen.iloc[:0].set_index("measure"))
+            known = [c for c in part.criteria if c.measure in group.index]
+            broken = [c.label for c in known if not c.holds(group.figure[c.measure])]
             found = "fails" if broken else "passes"
-            if expected == "lowers":
-                lower = name in figures and figures[name].high[first] < figures["Vorbis"].low[first]
-                found = "lowers" if lower else "does not lower"
-            rows.append({"clips": part.name, "control": name, "should": expected, "does": found,
-                         "fails on": ", ".join(broken), "behaves": found == expected})
-    return pd.DataFrame(rows)
+            if expected == "lowers" and first in group.index and first in figures.get("Vorbis", group.iloc[:0]).index:
+                found = "lowers" if group.high[first] < figures["Vorbis"].low[first] else "does not lower"
+            elif expected == "lowers" or not known:
+                found = "not measured"
+            rows.append((part.name, name, expected, found, ", ".join(broken), found == expected))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def judge_codec(evidence, codebooks: int, min_clips: int = MIN_CLIPS):
-    """Return (table, verdict) for a number of codebooks: a row a criterion; "go", "stop" or "unclear" for the codec.
+    """Return (table, verdict) for a number of codebooks: a row per criterion; "go", "stop" or "unclear" for the codec.
 
-    A row is go when the whole interval meets the criterion, stop when none of it does, else unclear; unclear as well
-    with fewer than `min_clips` measured clips, or if a control of its evidence misbehaves, whatever the codec scored.
-    The codec is go when every row is, stop when one is.
+    A row is go when the whole interval meets the criterion, stop when none of it does, else unclear; unclear as well if a
+    control of its evidence misbehaves or was not measured, whatever the codec scored. A row of fewer than `min_clips`
+    measured clips decides nothing: it is "not counted" where other clips measure the same, else unclear, since a trait that
+    nothing measures is not known to be kept. The codec is go when every row that counts is, stop when one is.
     """
     controls, rows = check_controls(evidence), []
     for part in evidence:
         figures = part.summary[part.summary.condition == name_condition(codebooks)].set_index("measure")
-        misbehaving = controls[(controls.clips == part.name) & ~controls.behaves].control.tolist()
+        unchanged = part.summary[part.summary.condition == "identity"].set_index("measure").measured
+        misbehaving = controls[(controls.clips == part.name) & ~controls.behaves.astype(bool)].control.tolist()
         for criterion in part.criteria:
             known = criterion.measure in figures.index
-            median, low, high, clips = figures.loc[criterion.measure, FIGURES] if known else (np.nan, np.nan, np.nan, 0)
+            figure, low, high, measured, found = figures.loc[criterion.measure, FIGURES] if known else [np.nan] * 3 + [0, 0]
             holds = [criterion.holds(edge) for edge in (low, high)]
             verdict = "go" if all(holds) else "unclear" if any(holds) else "stop"
-            if clips < min_clips:
-                verdict = f"unclear: {int(clips)} of {min_clips} clips"
-            if misbehaving:
+            if measured < min_clips:
+                counted = f"{int(measured)} of {min_clips} clips" if measured else "not measured"
+                lost = unchanged.get(criterion.measure, 0) >= min_clips  # there was enough before the codec
+                verdict = f"{'unclear' if lost else 'few'}: {counted}" + (f" ({part.note})" if part.note else "")
+            elif misbehaving:
                 verdict = f"unclear: control {', '.join(misbehaving)} misbehaves"
-            rows.append((criterion.trait, part.name, criterion.label, str(criterion), median, low, high, int(clips), verdict))
-    columns = ["trait", "on", "measure", "criterion", "median", "low", "high", "clips", "verdict"]
+            rows.append((criterion.trait, part.name, criterion.label, str(criterion), figure, low, high, int(measured),
+                         int(found), verdict))
+    columns = ["trait", "on", "measure", "criterion", *FIGURES, "verdict"]
     table = pd.DataFrame(rows, columns=columns)
-    verdicts = set(table.verdict)
+    few = table.verdict.str.startswith("few: ")
+    elsewhere = table.measure.isin(table.measure[~few])
+    said = table.verdict.str.removeprefix("few: ")
+    table["verdict"] = table.verdict.mask(few & elsewhere, "not counted: " + said).mask(few & ~elsewhere, "unclear: " + said)
+    verdicts = set(table.verdict[~few | ~elsewhere])
     return table, "stop" if "stop" in verdicts else "go" if verdicts == {"go"} else "unclear"
 
 
 def describe_verdict(table, verdict: str, language: str, codebooks: int, source: str) -> str:
-    """Return the verdict in words: for which language, codec setting and clips, and what decided it."""
-    decisive = table if verdict == "go" else table[table.verdict.str.startswith(verdict)]
+    """Return the verdict in words: for which language, codec setting and clips, what decided it, and what did not count."""
+    aside = table.verdict.str.startswith("not counted")
+    decisive = table[~aside] if verdict == "go" else table[table.verdict.str.startswith(verdict)]
     why = "; ".join(
-        f"{row.trait} ({row.on}): {row.measure} {format_figure(row.median, row.low, row.high)}, wanted {row.criterion}"
-        + (f" ({row.verdict.split(': ')[1]})" if ": " in row.verdict else "")
+        f"{row.trait} ({row.on}): {row.measure} {format_figure(row.figure, row.low, row.high)}, wanted {row.criterion}"
+        + (f" ({row.verdict.split(': ', 1)[1]})" if ": " in row.verdict else "")
         for row in decisive.itertuples()
     )
-    return f"{get_language(language).name} through {name_condition(codebooks)}: {verdict}. {why}. On {source}."
+    left = [f"{row.trait} ({row.on}): {row.verdict.split(': ', 1)[1]}" for row in table[aside].itertuples()]
+    left = f" Not counted: {'; '.join(dict.fromkeys(left))}." if left else ""
+    return f"{get_language(language).name} through {name_condition(codebooks)}: {verdict}. {why}.{left} On {source}."
 
 
 def list_metrics(table, measures, controls, set_aside, codebooks: int) -> dict:
-    """Return what metrics.json keeps of a check: each gated median, the counts, the verdict table and the controls."""
+    """Return what metrics.json keeps of a check: each gated figure, the counts, the verdict table and the controls.
+
+    A measure that several sets of clips have is named after the first that counts; all are in the table.
+    """
     labels = {label: measure for measure, label in LABELS.items()}
-    return {labels[row.measure]: row.median for row in table[::-1].itertuples()} | {
+    order = table.sort_values("verdict", key=lambda verdict: verdict.str.startswith("not counted"), kind="stable")
+    return {labels[row.measure]: row.figure for row in order[::-1].itertuples()} | {
         "clips": measures.audio_path.nunique(), "codebooks": codebooks, "set_aside": len(set_aside),
         "table": table.to_dict("records"), "controls": controls.to_dict("records"),
     }  # fmt: skip

@@ -11,7 +11,10 @@ from csm_nb.corpora import write_manifest
 
 SOURCE = "KlattGrid (synthetic)"
 SPEAKERS = (("m", 95.0), ("m", 125.0), ("f", 185.0), ("f", 230.0))  # sex and median F0 in Hz
-RATES = (0.75, 1.0, 1.25)  # of SECONDS
+RATES = (0.75, 1.0, 1.25)  # of STOD_SECONDS
+# 80 words with accent: with fewer than 73, all of them right, Wilson's 95 % interval does not reach the .95 that is wanted.
+ACCENT_SPEAKERS = (*SPEAKERS, ("m", 80.0), ("m", 110.0), ("f", 165.0), ("f", 205.0))
+ACCENT_RATES = (0.75, 0.875, 1.0, 1.125, 1.25)  # of ACCENT_SECONDS
 CUES = ("F0 dip", "intensity dip", "double pulsing")  # what stød is heard by; no speaker uses all of them always
 STOD_SECONDS, ACCENT_SECONDS, EDGE = 0.55, 0.75, 0.06
 SEMITONES_OF_A_DIP, DECIBELS_OF_A_DIP, SHARE_OF_DOUBLE_PULSING = 7.0, 14.0, 0.6
@@ -91,12 +94,12 @@ def make_stod_corpus(out_dir) -> Path:
 
 
 def make_accent_corpus(language: str, out_dir) -> Path:
-    """Speaks accent 1 and 2 of "sv" or "no" with four speakers at three rates (24 words), and returns their manifest.
+    """Speaks accent 1 and 2 of "sv" or "no" with eight speakers at five rates (80 words), and returns their manifest.
 
     Each line has `accent` and `pair`, which two words with different accents and all else equal share.
     """
     words = [(make_accent_word(language, accent, sex, f0, rate * ACCENT_SECONDS), accent, f0, rate)
-             for (sex, f0), rate, accent in product(SPEAKERS, RATES, (1, 2))]
+             for (sex, f0), rate, accent in product(ACCENT_SPEAKERS, ACCENT_RATES, (1, 2))]
     return _write_words(out_dir, [
         (wav, f"{f0:.0f} Hz", f"accent {accent}, {len(wav) / SAMPLE_RATE:.2f} s", language,
          {"accent": accent, "pair": f"{f0:.0f} Hz at {rate:g}"})

@@ -59,7 +59,7 @@ def evaluate_codec(codec, work, clips: int = 12, seed: int = 1) -> dict:
     most = codec.config.num_quantizers
     summary = summarise(measure_clips(code_clips(rows, codec, [most], controls=False)))
     summary = summary[summary.condition == name_condition(most)]
-    return {row.measure: format_figure(row.median, row.low, row.high) for row in summary.itertuples()}
+    return {row.measure: format_figure(row.figure, row.low, row.high) for row in summary.itertuples()}
 
 
 def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1) -> dict:

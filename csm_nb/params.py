@@ -45,7 +45,7 @@ FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
-    "backend": ("transformers", "unsloth"), "choice": ("best", "last"),
+    "backend": ("transformers", "unsloth"), "codec_backend": ("transformers", "moshi"), "choice": ("best", "last"),
 }  # fmt: skip
 TRAINED = {"lora": "adapter_config.json", "full": "config.json"}  # by method: what a stage leaves in its folder adapter/
 
@@ -359,26 +359,6 @@ def place_run(stage: str, params: dict) -> tuple[Path, dict]:
     """Return (folder, inputs) of a stage with these effective parameters, whatever is in the folder yet."""
     inputs = find_inputs(params)
     return resolve_path(params["runs_dir"]) / params["language"] / stage / hash_run(stage, params, inputs), inputs
-
-
-def check_verdict(run: Run, ignore_verdict: bool) -> str:
-    """Return in words what 00_mimi_sanity said of the codec for this language, for a training stage to print.
-
-    Its newest complete run under `runs_dir` counts. Raises ParameterError on "stop", unless `ignore_verdict` is set: what
-    the codec loses, no training brings back.
-    """
-    runs = resolve_path(run.params["runs_dir"])
-    done = max(runs.glob(f"{run.language}/{STAGES[0]}/*/done.json"), key=os.path.getmtime, default=None)
-    if done is None:
-        return f"no verdict on the codec: {STAGES[0]} was not run for {run.language}"
-    verdict, record = read_json(done)["verdict"], read_json(done.with_name("run.json"))
-    said = f"{STAGES[0]} says {verdict} of {record['params'].get('codec_model')} ({show_path(done.parent)})"
-    if verdict != "stop":
-        return said
-    if not ignore_verdict:
-        raise ParameterError(f"{said}: what the codec loses, no training brings back. Look at its report; to train all the "
-                             "same, set ignore_verdict=true (make run SET='ignore_verdict=true')")
-    return f"{said}; ignore_verdict is set, so the training goes on with a codec that fails its check"
 
 
 def open_run(stage: str, namespace: dict) -> Run:

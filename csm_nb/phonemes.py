@@ -6,6 +6,7 @@ espeak-ng writes no stød and no tonal accent, which is what a lexicon is for: w
 import csv
 import functools
 import io
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from phonemizer.backend.espeak.wrapper import EspeakWrapper
 from phonemizer.logger import get_logger
 
 from csm_nb.clean import clean_text, read_text
+from csm_nb.espeak import show_data
 from csm_nb.languages import get_language
 
 # NoFAbet, the alphabet of NB Uttale, in IPA: after the public-domain inventory of Sprakbanken/convert_nofabet
@@ -104,8 +106,10 @@ def read_lexicon(path) -> dict[str, str]:
 @functools.cache
 def _load_backend(voice: str) -> EspeakBackend:
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
-    EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
-    return EspeakBackend(voice, with_stress=True, language_switch="remove-flags", logger=get_logger("quiet"))
+    EspeakWrapper.set_data_path("")  # it would resolve the short path that espeak-ng needs
+    os.environ.pop("PHONEMIZER_ESPEAK_DATA_PATH", None)
+    with show_data():
+        return EspeakBackend(voice, with_stress=True, language_switch="remove-flags", logger=get_logger("quiet"))
 
 
 def _ask_espeak(words: list[str], language: str) -> Iterator[str]:

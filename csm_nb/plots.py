@@ -206,12 +206,13 @@ def shorten(text: str, length: int) -> str:
 
 
 def draw_sweep(evidence):
-    """Return a figure, a panel a criterion: medians with 95 % intervals at each number of codebooks, then the controls.
+    """Return a figure, a panel per criterion: figures with 95 % intervals at each number of codebooks, then the controls.
 
-    `evidence` is a list of fidelity.Evidence. The shaded side of the dashed line passes; where no line is drawn, nothing
-    could be measured.
+    `evidence` is a list of fidelity.Evidence; of those behind the first, only what was measured has panels. The shaded side
+    of the dashed line passes; where no line is drawn, nothing could be measured.
     """
-    panels = [(part, criterion) for part in evidence for criterion in part.criteria]
+    shown = [*evidence[:1], *(part for part in evidence[1:] if part.summary.measured.any())]
+    panels = [(part, criterion) for part in shown for criterion in part.criteria]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = make_figure(rows, columns, 5.8 * columns, 2.7 * rows)
@@ -232,7 +233,7 @@ def draw_criterion(part, criterion, ax) -> None:
     figures = part.summary[part.summary.measure == criterion.measure].set_index("condition")
     for group, colour, line in ((swept, COLOURS[0], "-"), (controls, GREY, "")):
         if group:
-            draw_medians(figures.loc[group], [places[(swept + controls).index(c)] for c in group], ax, colour, line)
+            draw_figures(figures.loc[group], [places[(swept + controls).index(c)] for c in group], ax, colour, line)
     low, high = ax.get_ylim()
     low = min(0, low) if criterion.measure != "f0_correlation" else low
     low, high = min(low, criterion.limit), max(high, criterion.limit * 1.15)
@@ -247,13 +248,13 @@ def draw_criterion(part, criterion, ax) -> None:
     set_labels(ax, f"{criterion.label}, wanted {wanted}" + (f"\n({part.name})" if part.name != "clips" else ""))
 
 
-def draw_medians(part, x, ax, colour: str, line: str = "-") -> None:
-    """Draw medians with whiskers (columns median, low, high) at positions `x`; what was not measured is left out."""
-    median, low, high = (part[name].to_numpy(float) for name in ("median", "low", "high"))
-    x, measured = np.asarray(x, float), np.isfinite(median)
-    whiskers = np.nan_to_num(np.stack([median - low, high - median]))[:, measured].clip(min=0)
+def draw_figures(part, x, ax, colour: str, line: str = "-") -> None:
+    """Draw figures with whiskers (columns figure, low, high) at positions `x`; what was not measured is left out."""
+    figure, low, high = (part[name].to_numpy(float) for name in ("figure", "low", "high"))
+    x, measured = np.asarray(x, float), np.isfinite(figure)
+    whiskers = np.nan_to_num(np.stack([figure - low, high - figure]))[:, measured].clip(min=0)
     ax.errorbar(
-        x[measured], median[measured], yerr=whiskers, color=colour, marker="o", markersize=6, capsize=4, linewidth=1.4,
+        x[measured], figure[measured], yerr=whiskers, color=colour, marker="o", markersize=6, capsize=4, linewidth=1.4,
         linestyle=line or "none",
     )  # fmt: skip
 
@@ -311,8 +312,8 @@ def draw_heard(table, ax, shift: float) -> None:
     """Draw CER, share heard right and runaways by step; the first two `shift` steps apart, or equal whiskers hide each other."""
     for side, colour, (name, low, high) in ((1, COLOURS[1], ("CER", "CER low", "CER high")),
                                             (-1, COLOURS[0], ("heard right", "low", "high"))):
-        figures = table[[name, low, high]].set_axis(["median", "low", "high"], axis=1)
-        draw_medians(figures, table.step - side * shift, ax, colour)
+        figures = table[[name, low, high]].set_axis(["figure", "low", "high"], axis=1)
+        draw_figures(figures, table.step - side * shift, ax, colour)
         ax.plot([], [], color=colour, marker="o", label=name)
     ax.plot(table.step, table.runaways, color=COLOURS[4], marker="s", markersize=5, linewidth=1.4, label="runaways")
     ax.set_ylim(-0.04, 1.04)

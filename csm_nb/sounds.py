@@ -45,7 +45,7 @@ def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
 
 def describe_ceiling(summary: pd.DataFrame) -> dict:
     """Returns {condition: {measure: mean}} of summarised sounds, as metrics.json keeps it: what speech can reach at best."""
-    return {name: dict(zip(part.measure, part["median"].astype(float), strict=True))
+    return {name: dict(zip(part.measure, part["figure"].astype(float), strict=True))
             for name, part in summary.groupby("condition", sort=False)}
 
 

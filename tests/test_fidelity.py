@@ -20,9 +20,9 @@ def make_summary(clips: int = 12, spread: float = 0.0, **codec):
     """A summary of a codec that measures as `codec` says (else well), beside controls that behave."""
     conditions = {"8 codebooks": GOOD | codec, "identity": GOOD, "Vorbis": GOOD, "flat F0": FLAT}
     return pd.DataFrame([
-        (name, measure, value, value - spread, value + spread, clips)
+        (name, measure, "median", value, value - spread, value + spread, clips, clips)
         for name, values in conditions.items() for measure, value in values.items()
-    ], columns=["condition", "measure", "median", "low", "high", "clips"])  # fmt: skip
+    ], columns=fidelity.SUMMARY)  # fmt: skip
 
 
 def judge(summary):
@@ -50,24 +50,58 @@ def test_a_control_that_misbehaves_makes_the_verdict_unclear_whatever_the_codec_
     summary = make_summary(f0_correlation=correlation)
     for measure, value in values.items():
         chosen = (summary.condition == control) & (summary.measure == measure)
-        summary.loc[chosen, ["median", "low", "high"]] = value
+        summary.loc[chosen, ["figure", "low", "high"]] = value
     assert judge(summary) == "unclear"
     controls = fidelity.check_controls([fidelity.Evidence("clips", summary)])
     assert controls[~controls.behaves].control.tolist() == [control]
 
 
-def test_a_trait_that_is_not_measured_keeps_the_codec_from_a_go():
-    nothing = pd.DataFrame(columns=["condition", "measure", "median", "low", "high", "clips"])
-    evidence = [fidelity.Evidence("clips", make_summary()), fidelity.Evidence("words", nothing)]
+WORDS = (fidelity.Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),)
+
+
+def make_words(name, measured, figure=0.9, note=""):
+    """Evidence of stød in `measured` clips, its control behaving."""
+    rows = [(condition, "stod_retention", "median", value, value, value, measured, 48) for condition, value in
+            (("8 codebooks", figure), ("identity", 1.0))] * (measured > 0)  # fmt: skip
+    return fidelity.Evidence(name, pd.DataFrame(rows, columns=fidelity.SUMMARY), WORDS, {"identity": "passes"}, note)
+
+
+def test_a_trait_that_nothing_measures_keeps_the_codec_from_a_go():
+    for measured in (0, 9):
+        evidence = [fidelity.Evidence("clips", make_summary()), make_words("words", measured)]
+        table, verdict = fidelity.judge_codec(evidence, 8)
+        assert verdict == "unclear" and set(table[table.on == "clips"].verdict) == {"go"}
+        assert table.verdict.iloc[-1] == ("unclear: 9 of 10 clips" if measured else "unclear: not measured")
+
+
+@pytest.mark.parametrize("measured", [0, 3])
+@pytest.mark.parametrize(("figure", "says"), [(0.9, "go"), (0.2, "stop")])
+def test_clips_that_were_not_measured_decide_nothing_where_others_measure_the_same(measured, figure, says):
+    recorded = make_words("recordings", measured, 0.1, note="40 clips, none labelled")
+    evidence = [fidelity.Evidence("clips", make_summary()), make_words("words", 48, figure), recorded]
     table, verdict = fidelity.judge_codec(evidence, 8)
-    assert verdict == "unclear" and set(table[table.on == "clips"].verdict) == {"go"}
+    assert verdict == says
+    reason = "3 of 10 clips" if measured else "not measured"
+    assert table.verdict.iloc[-1] == f"not counted: {reason} (40 clips, none labelled)"
+    said = fidelity.describe_verdict(table, verdict, "da", 8, "12 of 40 clips")
+    assert f"Not counted: stød (recordings): {reason} (40 clips, none labelled). On 12 of 40 clips." in said
+    metrics = fidelity.list_metrics(table, pd.DataFrame({"audio_path": ["a"]}), pd.DataFrame(), [], 8)
+    assert metrics["stod_retention"] == figure
+    assert "misbehaves" not in " ".join(table.verdict) and fidelity.check_controls(evidence).behaves.all()
+
+
+def test_what_the_codec_made_unmeasurable_counts_against_it():
+    lost = make_words("recordings", 12)
+    lost.summary.loc[lost.summary.condition == "8 codebooks", "measured"] = 2
+    table, verdict = fidelity.judge_codec([fidelity.Evidence("clips", make_summary()), make_words("words", 48), lost], 8)
+    assert verdict == "unclear" and table.verdict.iloc[-1] == "unclear: 2 of 10 clips"
 
 
 def test_a_control_that_misbehaves_speaks_against_its_own_clips_only():
     broken = make_summary()
-    broken.loc[broken.condition == "flat F0", ["median", "low", "high"]] = np.nan
+    broken.loc[broken.condition == "flat F0", ["figure", "low", "high"]] = np.nan
     evidence = [fidelity.Evidence("clips", make_summary(f0_rmse_cents=80.0)), fidelity.Evidence("words", broken)]
-    evidence[1].summary.loc[lambda s: (s.condition == "identity") & (s.measure == "gpe_percent"), "median"] = 50
+    evidence[1].summary.loc[lambda s: (s.condition == "identity") & (s.measure == "gpe_percent"), "figure"] = 50
     table, verdict = fidelity.judge_codec(evidence, 8)
     assert verdict == "stop" and table[table.on == "words"].verdict.str.contains("identity misbehaves").all()
 
@@ -75,8 +109,9 @@ def test_a_control_that_misbehaves_speaks_against_its_own_clips_only():
 def test_a_control_that_has_to_lower_a_measure_needs_an_interval_below_that_of_vorbis():
     criteria = (fidelity.Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),)
     for high, behaves in ((0.85, True), (0.95, False)):
-        rows = [("Vorbis", "stod_retention", 0.95, 0.9, 1.0, 12), ("smooth", "stod_retention", 0.5, 0.4, high, 12)]
-        summary = pd.DataFrame(rows, columns=["condition", "measure", "median", "low", "high", "clips"])
+        rows = [("Vorbis", "stod_retention", "median", 0.95, 0.9, 1.0, 12, 12),
+                ("smooth", "stod_retention", "median", 0.5, 0.4, high, 12, 12)]
+        summary = pd.DataFrame(rows, columns=fidelity.SUMMARY)
         evidence = fidelity.Evidence("words", summary, criteria, {"smooth": "lowers"})
         assert fidelity.check_controls([evidence]).behaves.tolist() == [behaves]
 
@@ -85,7 +120,20 @@ def test_medians_and_intervals_are_over_clips_and_leave_out_what_was_not_measure
     values = [1.0, 2.0, 3.0, 4.0, np.nan]
     measures = pd.DataFrame([{"condition": "identity"} | dict.fromkeys(fidelity.MEASURES, value) for value in values])
     row = fidelity.summarise(measures).iloc[0]
-    assert (row["median"], row["clips"]) == (2.5, 4) and row.low < 2.5 < row.high
+    assert (row.statistic, row.figure, row.measured, row.found) == ("median", 2.5, 4, 5) and row.low < 2.5 < row.high
+
+
+def test_a_summary_names_its_statistic_and_a_share_has_wilson_s_interval():
+    measures = pd.DataFrame({"condition": "8 codebooks", "cer_percent": [0.0, 0.0, 90.0], "right_language": [1.0, 1.0, 1.0]})
+    cer, right = fidelity.summarise(measures, ["cer_percent", "right_language"], "mean").itertuples()
+    assert (cer.statistic, cer.figure) == ("mean", 30.0)
+    assert (right.statistic, right.figure, right.low, right.high) == ("share", 1.0, pytest.approx(0.4385, abs=1e-4), 1.0)
+
+
+def test_a_figure_over_fewer_clips_than_its_row_says_so():
+    measures = pd.DataFrame({"condition": "8 codebooks", "stoi": [1.0, 1.0, 1.0], "pesq": [3.0, 3.0, np.nan]})
+    row = fidelity.tabulate(fidelity.summarise(measures, ["stoi", "pesq"])).loc["8 codebooks"]
+    assert (row["STOI"], row["PESQ-WB"], row["measured"]) == ("1.00 (1.00 to 1.00)", "3.0 (3.0 to 3.0), of 2", 3)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Parameters are refused before anything starts; a run's hash changes with what matters and with nothing else."""
 
 import json
-import os
 
 import pytest
 import yaml
@@ -92,6 +91,13 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
 def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, value):
     with pytest.raises(params.ParameterError, match=f"my.yaml: {key} is '{value}'; allowed: {', '.join(params.CHOICES[key])}"):
         params.check_params("01_anchor", {key: value}, {key: "my.yaml"})
+
+
+def test_the_codec_and_the_base_have_a_backend_each():
+    checked = params.check_params("00_mimi_sanity", {"codec_backend": "moshi", "backend": "unsloth"})
+    assert checked["codec_backend"] == "moshi" and "backend" not in checked
+    with pytest.raises(params.ParameterError, match="codec_backend is 'unsloth'; allowed: transformers, moshi"):
+        params.check_params("00_mimi_sanity", {"codec_backend": "unsloth"})
 
 
 def test_a_full_training_goes_on_from_a_full_one_and_not_from_an_adapter(tmp_path):
@@ -252,29 +258,3 @@ def test_every_parameter_file_fits_the_notebooks(path):
         params.check_params(stage, values, origins)
     if "language" in values:
         assert values["language"] == path.stem and path.stem in values["compare"]
-
-
-@pytest.mark.parametrize(("said", "ignored", "trains"), [("go", False, True), ("unclear", False, True), ("stop", False, False),
-                                                         ("stop", True, True), (None, False, True)])  # fmt: skip
-def test_training_is_refused_on_stop_and_on_nothing_else(here, said, ignored, trains):
-    if said:
-        run = complete("00_mimi_sanity")
-        (run.dir / "done.json").write_text(json.dumps({"verdict": said}))
-        (run.dir / "run.json").write_text(json.dumps({"params": {"codec_model": "models/base"}}))
-    run = params.open_run("01_anchor", {name: p.default for name, p in params.read_cell("01_anchor").items()})
-    if trains:
-        assert (said or "not run") in params.check_verdict(run, ignored)
-        assert ("ignore_verdict is set" in params.check_verdict(run, ignored)) == ignored
-    else:
-        with pytest.raises(params.ParameterError, match="says stop of models/base .*set ignore_verdict=true"):
-            params.check_verdict(run, ignored)
-
-
-def test_the_newest_verdict_of_the_language_counts(here):
-    for number, (language, said) in enumerate((("da", "stop"), ("da", "go"), ("sv", "stop"))):
-        run = complete("00_mimi_sanity", language=language, clips=number)
-        (run.dir / "done.json").write_text(json.dumps({"verdict": said}))
-        (run.dir / "run.json").write_text(json.dumps({"params": {"codec_model": "models/base"}}))
-        os.utime(run.dir / "done.json", (number + 1, number + 1))
-    run = params.open_run("01_anchor", {name: p.default for name, p in params.read_cell("01_anchor").items()})
-    assert "says go" in params.check_verdict(run, False)

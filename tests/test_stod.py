@@ -91,7 +91,7 @@ def test_accents_are_told_apart_by_their_contours_and_a_flat_one_tells_nothing(t
         rows = read_manifest(klatt.make_accent_corpus(language, tmp_path / language))
         clips = fidelity.code_clips(rows, load_codec("models/csm-mini"), [8])
         right = traits.tell_accents(clips).groupby("condition").accent_right.mean()
-        assert right["identity"] == 100 and right["Vorbis"] == 100 and right["flat F0"] < 80
+        assert right["identity"] == 1 and right["Vorbis"] == 1 and right["flat F0"] < 0.8
 
 
 def test_an_unknown_cue_is_refused_with_those_there_are():
