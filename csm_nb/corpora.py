@@ -9,6 +9,7 @@ import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.languages import get_language
+from csm_nb.params import resolve_path
 
 REQUIRED = ("text", "audio_path", "speaker_id", "language")
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -27,7 +28,7 @@ def read_manifest(path) -> list[dict]:
     Every field is kept. Raises CorpusError for a missing file, a line that is no JSON object, or a field that is missing or
     null (a null text is a clip without one, for check_clips to set aside).
     """
-    path = Path(path)
+    path = resolve_path(path)
     if not path.is_file():
         raise CorpusError(f"{path}: no such manifest")
     rows = []
@@ -67,7 +68,7 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
     A folder's clips take their text from a .txt of the same name beside them, else none, and the folder they lie in as
     speaker. Raises CorpusError when there is nothing of the language, naming what there is.
     """
-    source, code = Path(source), get_language(language).code
+    source, code = resolve_path(source), get_language(language).code
     if source.is_dir() and (source / "manifest.jsonl").is_file():
         source = source / "manifest.jsonl"
     rows = _read_folder(source, code) if source.is_dir() else read_manifest(source)

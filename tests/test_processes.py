@@ -34,7 +34,7 @@ def test_a_process_runs_until_it_ends_and_a_zombie_has_ended(sleeper):
 
 
 def test_a_process_is_ended_with_all_that_it_started_even_if_it_ignores_the_request(tmp_path):
-    code = f"import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    code = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     code += f"subprocess.Popen([sys.executable, '-c', {FOREVER!r}]); print('ready', flush=True); time.sleep(600)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "ready\n"
