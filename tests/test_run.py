@@ -15,6 +15,7 @@ import pytest
 from csm_nb import run as headless
 from csm_nb.corpora import load_corpus, write_manifest
 from csm_nb.params import STAGES, ParameterError
+from csm_nb.processes import is_running
 from csm_nb.provenance import read_json
 
 
@@ -161,6 +162,78 @@ def test_an_interrupt_ends_the_kernel_and_the_next_call_goes_on_from_there(proje
     code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity", "01_anchor")
     assert code == 0 and output.count("skipped: done before)") == 1, output
     assert find_run(project, "01_anchor") == anchors[0].parent
+
+
+WAITING = 'import os, time\nopen(run.dir / "attempts", "a").write("x")\nwhile not os.path.exists("go-on"): time.sleep(0.1)'
+
+
+def start_and_wait(project):
+    """Start a call whose notebook waits; return its process, and the ids of papermill and kernel once the kernel is there."""
+    process = start(project, "--langs", "da", "--stages", "01_anchor")
+    for _ in range(600):
+        if attempts := list((project / "runs").glob("da/01_anchor/*/attempts")):
+            break
+        time.sleep(0.1)
+    folder = attempts[0].parent
+    return process, read_json(folder / "runner.json")["papermill"], read_json(folder / "run.json")["process"]
+
+
+@pytest.mark.parametrize("killed", ["everything", "runner"])
+def test_after_kill_9_the_same_command_goes_on_in_the_same_folder_and_nothing_is_left(project, killed):
+    put_cell(project, "01_anchor", WAITING)
+    process, papermill, kernel = start_and_wait(project)
+    for pid in (process.pid, papermill[0], kernel[0]) if killed == "everything" else (process.pid,):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert is_running(kernel) == is_running(papermill) == (killed == "runner")
+    again = start(project, "--langs", "da", "--stages", "01_anchor")  # at once
+    for _ in range(600):
+        folder = find_run(project, "01_anchor")  # one and no other
+        if (folder / "attempts").read_text() == "xx":
+            break
+        time.sleep(0.1)
+    assert not is_running(kernel) and not is_running(papermill)
+    (project / "notebooks" / "go-on").touch()
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0 and ("left at work by a call that was killed" in output) == (killed == "runner"), output
+    assert find_run(project, "01_anchor") == folder and read_json(folder / "run.json")["status"] == "done"
+
+
+@pytest.mark.parametrize("killed", ["papermill", "kernel"])
+def test_a_killed_papermill_or_kernel_is_a_failure_that_the_next_call_mends(project, killed):
+    put_cell(project, "01_anchor", WAITING)
+    process, papermill, kernel = start_and_wait(project)
+    os.kill({"papermill": papermill, "kernel": kernel}[killed][0], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    assert not is_running(kernel) and not is_running(papermill)
+    error = read_json(find_run(project, "01_anchor") / "run.json")["error"]
+    assert ("papermill was ended by signal 9 (SIGKILL)" if killed == "papermill" else "DeadKernelError") in error
+    (project / "notebooks" / "go-on").touch()
+    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
+    assert code == 0, output
+    folder = find_run(project, "01_anchor")
+    assert read_json(folder / "run.json")["status"] == "done" and (folder / "attempts").read_text() == "xx"
+
+
+def test_a_second_call_leaves_a_living_one_alone(project):
+    put_cell(project, "01_anchor", WAITING)
+    process, papermill, kernel = start_and_wait(project)
+    first = find_run(project, "01_anchor")
+    (project / "notebooks" / "go-on").touch()
+    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
+    assert (code, process.wait(60)) == (0, 0), output
+    assert "ended" not in output and read_json(first / "run.json")["process"] == kernel
+
+
+def test_force_runs_what_is_done_again_beside_it(project):
+    assert call(project, "--langs", "da", "--stages", "00_mimi_sanity")[0] == 0
+    first = find_run(project, "00_mimi_sanity")
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity", "--force")
+    assert code == 0 and "skipped" not in output, output
+    assert read_json(first.with_name(f"{first.name}.2") / "run.json")["status"] == "done"
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*")}
 
 
 class Ended:
