@@ -7,6 +7,7 @@ AUDIO    =
 CORPUS   =
 JOBS     =
 SET      =
+FORCE    =
 EXTRAS   =
 LAB      =
 PYTHON  ?= python3.11
@@ -29,9 +30,30 @@ STAMP := $(ENV)/.csm-nb-setup
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
   [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
+# What each target takes; anything else on the command line is a mistake (LANG=da would run three languages).
+TAKES_help   := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE EXTRAS LAB
+TAKES_run    := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE
+TAKES_models := LANGS PROFILE STAGES
+TAKES_ablate := LANGS PROFILE CORPUS JOBS SET
+TAKES_lab    := LAB
+TAKES_setup  := EXTRAS
+ALWAYS       := PYTHON CONDA_DEFAULT_ENV CONDA_PREFIX SHELL MAKE MAKEFLAGS MFLAGS MAKEFILES
+GOALS   := $(or $(MAKECMDGOALS),help)
+TAKEN   := $(sort $(foreach goal,$(GOALS),$(TAKES_$(goal))))
+GIVEN   := $(sort $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
+UNKNOWN := $(filter-out $(TAKEN) $(ALWAYS),$(GIVEN))
+ifneq ($(UNKNOWN),)
+NEAREST := $(shell $(firstword $(wildcard $(PY)) $(BASE)) -c 'import difflib, sys; name, *known = sys.argv[1:]; \
+  name = name.upper(); near = [k for k in known if k.startswith(name[:3])] or difflib.get_close_matches(name, known, 1, 0.6); \
+  print("; did you mean " + near[0] + "?" if near else ".")' '$(firstword $(UNKNOWN))' $(TAKEN) 2>/dev/null)
+$(error make $(GOALS) takes no $(firstword $(UNKNOWN))$(or $(NEAREST),.) It takes $(or $(TAKEN),nothing) (and PYTHON))
+endif
+quote = '$(subst ','\'',$(1))'
+each = $(foreach word,$(1),$(call quote,$(word)))
+
 .PHONY: help run models ablate test lab setup lock clean
 help:
-	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...'"
+	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...' FORCE=1"
 	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
 	@echo "make ablate  the same with one thing changed at a time, at equal compute; LANGS PROFILE CORPUS JOBS SET as above"
 	@echo "make test    run every test"
@@ -41,21 +63,22 @@ help:
 	@echo "make clean   remove caches; .venv and everything that runs made stay"
 
 run: $(STAMP)
-	@$(PY) -m csm_nb.run --langs $(LANGS) --profile $(PROFILE) $(if $(STAGES),--stages $(STAGES)) \
-	  $(if $(AUDIO),--audio "$(AUDIO)") $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--set $(SET))
+	@$(PY) -m csm_nb.run --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) \
+	  $(if $(AUDIO),--audio $(call quote,$(AUDIO))) $(if $(CORPUS),--corpus $(call quote,$(CORPUS))) \
+	  $(if $(JOBS),--jobs $(call each,$(JOBS))) $(if $(SET),--set $(call quote,$(SET))) $(if $(filter-out 0 no false,$(FORCE)),--force)
 
 models: $(STAMP)
-	@$(PY) -m csm_nb.models --langs $(LANGS) --profile $(PROFILE) --fetch
+	@$(PY) -m csm_nb.models --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) --fetch
 
 ablate: $(STAMP)
-	@$(PY) -m csm_nb.ablate --langs $(LANGS) --profile $(PROFILE) $(if $(CORPUS),--corpus "$(CORPUS)") \
-	  $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--set $(SET))
+	@$(PY) -m csm_nb.ablate --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) \
+	  $(if $(CORPUS),--corpus $(call quote,$(CORPUS))) $(if $(JOBS),--jobs $(call each,$(JOBS))) $(if $(SET),--set $(call quote,$(SET)))
 
 test: $(STAMP)
 	$(PY) -m pytest
 
 lab: $(STAMP)
-	$(ENV)/bin/jupyter lab notebooks $(LAB)
+	$(ENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 setup: $(STAMP)
 ifneq ($(EXTRAS),)

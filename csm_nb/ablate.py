@@ -54,7 +54,8 @@ def run_works(works: list[Work], profile: str, jobs: int) -> None:
 
 def _start_call(work, profile, threads):
     stages, overrides = work.calls[work.at]
-    values = [f"{key}={write_value(value)}" for key, value in _go_on(work, overrides).items()]
+    known = {name for stage in stages for name in settings.read_cell(stage)}  # csm_nb.run refuses what no stage of a call has
+    values = [f"{key}={write_value(value)}" for key, value in _go_on(work, overrides).items() if key in known]
     command = [sys.executable, "-m", "csm_nb.run", "--langs", work.language, "--profile", profile, "--jobs", "1"]
     command += ["--stages", *stages, "--set", *values]
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)

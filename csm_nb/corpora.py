@@ -11,6 +11,7 @@ import soundfile
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.clean import EncodingError, clean_text, compose, find_file, read_lines, read_text
 from csm_nb.languages import get_language
+from csm_nb.params import resolve_path
 
 REQUIRED = ("text", "audio_path", "speaker_id", "language")
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -31,7 +32,7 @@ def read_manifest(path) -> list[dict]:
     Raises CorpusError for a missing file, and once for all lines that are no JSON object, lack a field, or hold a value of
     another kind: file, line, field, what was found and what is allowed.
     """
-    path = Path(path)
+    path = resolve_path(path)
     if not path.is_file():
         raise CorpusError(f"{path}: no such manifest")
     try:
@@ -172,7 +173,7 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
     speaker; a text that can not be decoded leaves its clip for check_clips to set aside (`text_fault`). Raises CorpusError when
     there is nothing of the language, naming what there is.
     """
-    source, code = Path(source), get_language(language).code
+    source, code = resolve_path(source), get_language(language).code
     if source.is_dir() and (source / "manifest.jsonl").is_file():
         source = source / "manifest.jsonl"
     rows = _read_folder(source, code) if source.is_dir() else read_manifest(source)

@@ -6,7 +6,6 @@ import os
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from csm_nb.batches import Clips, PackedRows, collate, plan_rows, read_clips
+from csm_nb.processes import read_memory_left
 from csm_nb.train import Recipe, compute_loss, half_precision, inner_model, prepare_model, restore_model
 
 PLAN = {"anchor": 10, "synthetic": 100, "real": 50}  # hours of speech a language in the seed guide's three trainings
@@ -25,7 +25,6 @@ GIB = 2**30
 # Of activations and temporary, what the allocator holds in pieces too small to use. On a CPU the real size (rows of 256 and
 # 512 positions, LoRA) took 32 to 59 % more than was alive, and that was as counted; on a GPU it is assumed, not measured.
 SLACK = {"cpu": 0.5, "cuda": 0.1}
-CGROUP = Path("/sys/fs/cgroup")
 # Rows that are small and differ in one way each: lengths of the clips, text positions of each clip, depth frames. Multiples
 # of 16, as attention on a GPU pads its mask to that.
 SAMPLES = (((16,) * 2, 2, 2), ((16,) * 4, 2, 2), ((32,) * 4, 2, 2), ((16,) * 2, 2, 6), ((16,) * 2, 6, 2))
@@ -161,11 +160,8 @@ def count_free(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free, limit = psutil.virtual_memory().available, CGROUP / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        used = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, int(most) - int(used["anon"]))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free, left = psutil.virtual_memory().available, read_memory_left()
+    return (free if left is None else min(free, left)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fit_activations(model, recipe: Recipe) -> np.ndarray:

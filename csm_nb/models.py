@@ -39,7 +39,7 @@ def list_needed(languages, profile: str, stages=STAGES) -> pd.DataFrame:
     """
     needed = {}
     for language in dict.fromkeys(languages):
-        values, _ = settings.load_params([f"params/{language}.yaml", settings.name_profile(profile)])
+        values, _ = settings.load_params(settings.find_params(language, profile))
         for stage in stages:
             found = {key: values.get(key, cell.default) for key, cell in settings.read_cell(stage).items()}
             wanted = {key: found[key] for key in ("language", "compare", *MODELS) if key in found}
@@ -96,7 +96,7 @@ def describe_work(language: str, profile: str) -> str:
 
     Hours are operations by the speed of the machine: an upper bound, as if every row were full.
     """
-    values, _ = settings.load_params([f"params/{language}.yaml", settings.name_profile(profile)])
+    values, _ = settings.load_params(settings.find_params(language, profile))
     cells = {key: cell.default for stage in reversed(STAGES) for key, cell in settings.read_cell(stage).items()} | values
     steps = cells["anchor_steps"] + cells["synthetic_steps"] + cells["adapter_steps"] + 2 * cells["phoneme_steps"]
     positions = cells["max_tokens"] * cells["batch_size"] * cells["accumulate"]

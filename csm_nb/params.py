@@ -7,20 +7,25 @@ is answered once.
 """
 
 import ast
+import difflib
+import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import random
+import re
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import yaml
 
 from csm_nb.clean import EncodingError, find_file, read_text
-from csm_nb.languages import get_language
+from csm_nb.languages import LANGUAGES, get_language
+from csm_nb.processes import count_cores, identify_process, is_running
 from csm_nb.provenance import (
     describe_commit,
     describe_host,
@@ -33,6 +38,7 @@ from csm_nb.provenance import (
     read_json,
     write_json,
 )
+from csm_nb.texts import count_sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -46,7 +52,23 @@ PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no par
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
     "backend": ("transformers", "unsloth"), "codec_backend": ("transformers", "moshi"), "choice": ("best", "last"),
+    "f0_method": ("praat", "pyin", "torchcrepe"),
 }  # fmt: skip
+# What a number may be: brackets belong to it, parentheses do not. Numbers that stand in no row are 0 or more.
+RANGES = {
+    "[1, inf)": "clips anchor_clips anchor_steps synthetic_clips synthetic_steps corpus_clips adapter_steps phoneme_clips "
+                "phoneme_steps sentences rank alpha max_tokens batch_size accumulate keep_checkpoints codebooks",
+    "(0, 1]": "lr adapter_lr depth_ratio",
+    "[0, 1)": "dropout",
+    "[0, 2147483648)": "seed",  # NumPy takes twice that; stages add to it
+    "[0, inf)": "patience log_every eval_every save_every sample_every text_weight price_per_hour codebook_weights",
+}  # fmt: skip
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+LISTED = ("codebooks", "compare")  # lists that hold something, nothing of it twice
+# Packages that one may have or not, by stage: with them, more is measured
+OPTIONAL = {STAGES[0]: ("pystoi", "pesq", "torchcrepe")}
+HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner tells a notebook its folder
+RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.run and papermill are at work on it
 TRAINED = {"lora": "adapter_config.json", "full": "config.json"}  # by method: what a stage leaves in its folder adapter/
 
 
@@ -111,6 +133,38 @@ def show_path(path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def suggest(word, allowed) -> str:
+    """Return "; did you mean ...?" with the nearest of `allowed` words, or ".": the end of a sentence that names `word`."""
+    word, allowed = str(word).lower(), list(allowed)
+    near = [name for name in allowed if word and (name.lower().startswith(word) or word in name.lower().split("_"))]
+    near = near or difflib.get_close_matches(word, allowed, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def find_params(language: str, profile: str) -> list[Path]:
+    """Return the files of params/ that a language and a profile (a name, or a YAML file) are.
+
+    Raises ParameterError for either that is not there, with the nearest name and all that are.
+    """
+    files = {path.stem: path for path in sorted((ROOT / "params").glob("*.yaml"))}
+    taught = {code: entry for code, entry in LANGUAGES.items() if code in files}
+    if language not in taught:
+        named = {str(name).lower(): code for code, entry in taught.items()
+                 for name in (entry.iso3, entry.espeak, entry.whisper, entry.name, code)}
+        near = named.get(language.lower()) or named.get("".join(difflib.get_close_matches(language.lower(), named, 1, 0.7)))
+        hint = f"; did you mean {near}?" if near else "."
+        known = ", ".join(f"{code} ({entry.name}: params/{code}.yaml)" for code, entry in taught.items())
+        raise ParameterError(f"no language {language!r} is taught here{hint} The languages are {known}; several are written with "
+                             "spaces between them")
+    if profile.endswith((".yaml", ".yml")):
+        return [files[language], resolve_path(profile)]
+    profiles = [name for name in files if name not in LANGUAGES]
+    if profile not in profiles:
+        raise ParameterError(f"no profile {profile!r}{suggest(profile, profiles)} There are {', '.join(profiles)} "
+                             "(params/<profile>.yaml), or give the path of a YAML file")
+    return [files[language], files[profile]]
+
+
 def read_cell(stage: str) -> dict[str, Parameter]:
     """Return the parameters of a stage's notebook by name, in the order of its cell.
 
@@ -137,11 +191,6 @@ def read_cell(stage: str) -> dict[str, Parameter]:
     return parameters
 
 
-def name_profile(profile: str) -> Path | str:
-    """Return the file of a profile, given by its name in params/ or as a YAML file."""
-    return Path(profile).resolve() if profile.endswith(".yaml") else f"params/{profile}.yaml"
-
-
 def load_params(files=(), overrides=None) -> tuple[dict, dict]:
     """Return (values, origins) of flat YAML files, later ones over earlier ones, and of `overrides` over all.
 
@@ -158,7 +207,7 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
             content = yaml.safe_load(read_text(path)) or {}
         except EncodingError as error:
             raise ParameterError(str(error)) from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, OSError) as error:
             raise ParameterError(f"{show_path(path)}: not readable as YAML: {error}") from error
         if not isinstance(content, dict):
             raise ParameterError(f"{show_path(path)}: found {content!r:.80}; allowed are lines of `key: value`")
@@ -170,8 +219,8 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
     for key in values:
         if key not in known:
             raise ParameterError(
-                f"{origins[key]}: unknown parameter {key!r} (value {values[key]!r}); "
-                f"the notebooks' parameters are: {', '.join(sorted(known))}"
+                f"{origins[key]}: unknown parameter {key!r} (value {values[key]!r}){suggest(key, sorted(known))} "
+                f"The notebooks' parameters are: {', '.join(sorted(known))}"
             )
     return values, origins
 
@@ -179,26 +228,37 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
 def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
     """Return the effective parameters of a stage: its cell's defaults, `values` over them, other stages' keys left out.
 
-    An int is turned into a float where a float belongs. Raises ParameterError for a wrong type, an unknown language or
-    recordings that are not there, naming the origin, the key, the value and what is allowed.
+    An int is turned into a float where a float belongs. Raises ParameterError for a value that no run could have (its type,
+    RANGES, CHOICES, an unknown language, a folder or file that is not there), naming origin, key, value and what is allowed.
     """
     effective = {}
     for key, parameter in read_cell(stage).items():
         origin = (origins or {}).get(key, show_path(_notebook_path(stage)))
         effective[key] = value = _check_type(key, values.get(key, parameter.default), parameter, origin)
+        found = f"{origin}: {key} is {value!r}"
         try:
             for code in {"language": [value], "compare": value}.get(key, []):
                 get_language(code)
         except ValueError as error:
-            raise ParameterError(f"{origin}: {key} is {value!r}: {error}") from error
-        if value not in CHOICES.get(key, [value]):
-            raise ParameterError(f"{origin}: {key} is {value!r}; allowed: {', '.join(CHOICES[key])}")
+            raise ParameterError(f"{found}: {error}") from error
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ParameterError(f"{found}; allowed: {', '.join(CHOICES[key])}")
+        if key == "device" and not re.fullmatch(DEVICES, value):
+            raise ParameterError(f"{found}; allowed: auto, cpu, cuda, cuda:<number>, mps")
+        _check_numbers(key, value, found)
+        if key in LISTED and len(set(value)) < len(value):
+            raise ParameterError(f"{found}; allowed is each value once")
         if key in MODELS and value.startswith(("models/", "/", ".", "~")) and not resolve_path(value).exists():
             there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
-            raise ParameterError(f"{origin}: {key} is {value!r}, and there is no such folder; under models/ there are: {there}")
-        if key in (*RECORDINGS, "lexicon") and value and not resolve_path(value).exists():
-            allowed = "a file" if key == "lexicon" else "a manifest.jsonl, a folder of audio, or empty"
-            raise ParameterError(f"{origin}: {key} is {value!r}, no {resolve_path(value)} exists; allowed: {allowed}")
+            raise ParameterError(f"{found}, and there is no such folder; under models/ there are: {there}")
+        if key in (*RECORDINGS, *FILES) and value and not resolve_path(value).exists():
+            allowed = "a manifest.jsonl, a folder of audio" if key in RECORDINGS else "a file" + " or a folder" * (key == "marks")
+            raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
+                                 "at the project's root)")
+    if effective.get("language") not in effective.get("compare", [effective.get("language")]):
+        origin = (origins or {}).get("compare", show_path(_notebook_path(stage)))
+        raise ParameterError(f"{origin}: compare is {effective['compare']!r} and lacks the language itself, "
+                             f"{effective['language']!r}; add it")
     return effective
 
 
@@ -216,12 +276,92 @@ def _check_type(key, value, parameter, origin):
                 hint = f"; write {float(mantissa)}e{int(exponent):+d}, with the point and the sign"
             except ValueError:
                 pass
+        if parameter.type == "str" and not isinstance(value, list | dict):
+            hint = '; YAML reads a bare no as false and digits as a number: write them in quotes, such as "no"'
         refuse(f"{parameter.type}, such as {parameter.default!r}{hint}")
-    if parameter.type == "list" and parameter.default:
-        kind = type(parameter.default[0])
-        if not value or any(type(item) is not kind for item in value):
-            refuse(f"a list of {kind.__name__}, such as {parameter.default!r}")
+    if parameter.type == "list":
+        kinds = {type(item) for item in parameter.default[:1]} or {int, float}
+        if parameter.default and not value or any(type(item) not in kinds for item in value):
+            hint = '; "no" in quotes, YAML reads a bare no as false' if False in value else ""
+            refuse(f"a list of {' or '.join(sorted(kind.__name__ for kind in kinds))}, such as {parameter.default!r}{hint}")
     return value
+
+
+def _check_numbers(key, value, found):
+    """Raise ParameterError for a number, or a number in a list, that is out of its row of RANGES."""
+    allowed = next((interval for interval, keys in RANGES.items() if key in keys.split()), "[0, inf)")
+    low, high = (float(edge) for edge in allowed[1:-1].split(","))
+    for number in value if isinstance(value, list) else [value]:
+        if type(number) in (int, float):
+            above = number >= low if allowed[0] == "[" else number > low
+            below = number <= high if allowed[-1] == "]" else number < high
+            if not (above and below and math.isfinite(number)):
+                words = f"{'from' if allowed[0] == '[' else 'above'} {low:.10g}"
+                words += f" {'to' if allowed[-1] == ']' else 'to below'} {high:.10g}" if math.isfinite(high) else " on"
+                raise ParameterError(f"{found}; allowed is {words}")
+
+
+def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
+    """Raise ParameterError where what effective parameters name can not be used here: a device that is not there, more
+    codebooks than the codec has, more sentences than there are, a package that is missing: what would end a run half way."""
+
+    def refuse(key, message):
+        origin = (origins or {}).get(key, show_path(_notebook_path(stage)))
+        raise ParameterError(f"{origin}: {key} is {params[key]!r}: {message}")
+
+    wanted = {"four_bit": params.get("four_bit") is True and "bitsandbytes",
+              "backend": params.get("backend") == "unsloth" and "unsloth"}
+    cuda = _count_devices(params["device"], any(wanted.values()), refuse)
+    if params.get("f0_method") == "torchcrepe" and importlib.util.find_spec("torchcrepe") is None:
+        refuse("f0_method", "it needs a package: uv pip install torchcrepe")
+    for key, package in wanted.items():
+        if package and not cuda:
+            refuse(key, "it needs an NVIDIA GPU (CUDA), and there is none, or device is cpu")
+        if package and importlib.util.find_spec(package) is None:
+            refuse(key, f"it needs the package {package}, which is not installed: make setup EXTRAS=gpu")
+    for key, model, field in (("codebooks", "codec_model", "num_quantizers"),
+                              ("codebook_weights", "base_model", "num_codebooks")):
+        given, count = params.get(key), _count_codebooks(params.get(model), field)
+        if key == "codebooks" and given and count and max(given) > count:
+            refuse(key, f"{params[model]} has {count} codebooks; allowed are numbers from 1 to {count}")
+        if key == "codebook_weights" and given and (len(given) != (count or len(given)) or not any(given)):
+            refuse(key, f"{params[model]} has {count} codebooks; allowed are as many weights, not all 0, or none at all: []")
+    _check_sentences(params, refuse)
+
+
+def _count_devices(device, needed, refuse):
+    """How many CUDA devices a run with this `device` sees, if it is `needed`; refuses a device that is not there."""
+    if device == "cpu" or device == "auto" and not needed:  # importing torch takes seconds
+        return 0
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
+        refuse("device", f"there {'is no CUDA device' if not count else f'are {count}, from cuda:0 on'}; allowed are auto and cpu"
+                         + ", cuda" * bool(count))
+    if device == "mps" and not torch.backends.mps.is_available():
+        refuse("device", "there is no such device; allowed are auto and cpu" + ", cuda" * bool(count))
+    return count
+
+
+def _count_codebooks(model, field):
+    """The codebooks of a Mimi or CSM folder by its config; None where that does not say, or the model is not here yet."""
+    path = resolve_path(model or "") / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("codec_config") or config if field == "num_quantizers" else config
+        return config.get(field) if type(config.get(field)) is int else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _check_sentences(params, refuse):
+    """Held-out sentences are not made up: as many as the templates of every language that reads them hold."""
+    key = "sentences" if "sentences" in params else "clips" if params.get("audio") == "" else None
+    for code in dict.fromkeys([params["language"], *(["en", *params["compare"]] if "compare" in params else [])] if key else []):
+        there = count_sentences(code, "test")
+        if params[key] > there:
+            refuse(key, f"the templates of {get_language(code).name} hold {there} held-out sentences; allowed is 1 to {there}")
 
 
 # Inputs, code and their hash
@@ -303,12 +443,24 @@ def hash_run(stage: str, params: dict, inputs: dict) -> str:
     named = {key: value for key, value in params.items() if key not in inputs and key not in PLACES}
     cells = [cell for cell in _code_cells(_notebook_path(stage)) if not _is_parameters(cell)]
     code = hash_code("\n".join("".join(cell["source"]) for cell in cells), Path(__file__).parent)
-    return hash_value([named, {key: value["hash"] for key, value in inputs.items()}, code])
+    return hash_value([named, {key: value["hash"] for key, value in inputs.items()}, code, *_list_optional(stage, params)])
+
+
+def _list_optional(stage, params):
+    """Names and versions of the optional packages that are here and that this run would use."""
+    found = []
+    for name in OPTIONAL.get(stage, ()):
+        if importlib.util.find_spec(name) and (name != "torchcrepe" or params.get("f0_method") == name):
+            try:
+                found.append(f"{name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:
+                found.append(name)
+    return found
 
 
 def _notebook_path(stage):
     if stage not in STAGES:
-        raise ParameterError(f"unknown stage {stage!r}; allowed: {', '.join(STAGES)}")
+        raise ParameterError(f"no stage {stage!r}{suggest(stage, STAGES)} The stages are {', '.join(STAGES)}")
     return NOTEBOOKS / f"{stage}.ipynb"
 
 
@@ -339,14 +491,32 @@ def choose_folder(base: Path) -> Path:
 
 
 def is_alive(folder: Path) -> bool:
-    """Return whether another living process is writing to a run's folder."""
+    """Return whether other living processes are at work on a run's folder: its notebook, or papermill that starts it."""
+    return any(pid != os.getpid() for pid, _ in _find_workers(folder))
+
+
+def find_orphans(folder: Path) -> list:
+    """Return the processes ([id, start time]) at work on a run's folder whose csm_nb.run was killed; a notebook that was
+    opened by hand is none."""
+    runner = read_json(folder / RUNNER).get("runner")
+    return _find_workers(folder) if runner and not is_running(runner) else []
+
+
+def _find_workers(folder):
     record = read_json(folder / "run.json")
-    if record.get("status") != "running" or record["process"][0] == os.getpid():
-        return False
-    try:  # a process id comes round again; with its start time it does not
-        return psutil.Process(record["process"][0]).create_time() == record["process"][1]
-    except psutil.Error:
-        return False
+    kernel = record.get("process") if record.get("status") == "running" else None
+    return [identity for identity in (read_json(folder / RUNNER).get("papermill"), kernel) if is_running(identity)]
+
+
+def _take_folder(base):
+    """The folder that the runner handed down, else choose_folder's: it decided once, and both have to mean the same."""
+    handed = os.environ.get(HANDED_DOWN)
+    if not handed or Path(handed).parent != base.parent:  # run by hand
+        return choose_folder(base)
+    if Path(handed).name.split(".")[0] != base.name:
+        raise ParameterError(f"{show_path(handed)} was chosen for this run, and by now its parameters, inputs or code ask for "
+                             f"{base.name}: something was edited while it started. Run it again")
+    return Path(handed)
 
 
 def find_done(base: Path) -> Path | None:
@@ -375,15 +545,16 @@ def open_run(stage: str, namespace: dict) -> Run:
     if missing:
         raise ParameterError(f"{stage}: {', '.join(missing)} not set; run the parameters cell first")
     params = check_params(stage, namespace)
+    check_inputs(stage, params)
     base, inputs = place_run(stage, params)
-    folder = choose_folder(base)
+    folder = _take_folder(base)
     folder.mkdir(parents=True, exist_ok=True)
-    me = psutil.Process()
     write_json(folder / "run.json", {
         "status": "running", "stage": stage, "language": params["language"], "params": params, "seed": params["seed"],
         "inputs": inputs, **describe_commit(ROOT), "versions": describe_versions(), "host": describe_host(),
-        "started": time.time(), "process": [me.pid, me.create_time()],
+        "started": time.time(), "process": identify_process(),
     })  # fmt: skip
+    torch.set_num_threads(min(torch.get_num_threads(), count_cores()))  # torch itself knows nothing of a container's quota
     random.seed(params["seed"])
     np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(params["seed"])
@@ -403,7 +574,7 @@ def finish_run(run: Run, metrics: dict, verdict: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     record |= {"status": "done", "seconds": round(time.time() - record["started"], 1), "peak_memory_bytes": peak}
     if torch.cuda.is_available():
-        record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        record["peak_gpu_memory_bytes"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     write_json(run.dir / "metrics.json", {"verdict": verdict} | metrics)
     write_json(run.dir / "run.json", record)
     write_json(run.dir / "done.json", {"verdict": verdict, "finished": time.time()})

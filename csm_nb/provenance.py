@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 from csm_nb.clean import EncodingError, find_file, read_lines
+from csm_nb.processes import count_cores
 
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "datasets", "moshi", "numpy", "papermill", "csm-nb")
 
@@ -124,11 +125,6 @@ def describe_host() -> dict:
             model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"system": platform.platform(), "cpu": model, "cores": count_cores(), "gpu": gpu}
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use (all of the machine's where the system cannot say)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_json(path: Path) -> dict:

@@ -2,10 +2,10 @@
 
 `python -m csm_nb.run --langs no sv da --profile mini` checks every parameter first, runs what is not done yet, exports
 each notebook as HTML and writes the index. A stage counts as done by the marker of its last cell and exit code 0.
+Killed in any of its processes and called again, it ends what is left of them and goes on in the same folder.
 """
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
@@ -16,14 +16,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import yaml
 from huggingface_hub import is_offline_mode
 
 from csm_nb import hub
 from csm_nb import params as settings
-from csm_nb.params import STAGES, ParameterError, resolve_path, show_path
-from csm_nb.provenance import count_cores, hash_folder, read_json, write_json
+from csm_nb.params import RECORDINGS, STAGES, ParameterError, resolve_path, show_path
+from csm_nb.processes import count_cores, end_processes, identify_process, is_running
+from csm_nb.provenance import hash_folder, read_json, write_json
 from csm_nb.report import build_index, export_html
 
 
@@ -49,20 +49,22 @@ class Task:
 
 
 def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
-    """Return the tasks of a call, by language and stage, every parameter of every one checked.
+    """Return the tasks of a call, by language and stage, every parameter of every one checked, and what it names looked at.
 
     A stage needs the stage that its `init_adapter` names; the one that compares adapters waits for all that train them.
-    Raises ParameterError, also for an adapter that no stage of this call makes and no earlier run left, and hub.ModelError
-    for a model folder that is not whole.
+    Raises ParameterError, also for a parameter that no stage of this call has, for recordings that can not be used, and for
+    an adapter that no stage of this call makes and no earlier run left; hub.ModelError for a model folder that is not whole.
     """
     if "language" in (overrides or {}):
         raise ParameterError("command line: language is set by --langs (make run LANGS=...), not by --set")
-    profile = settings.name_profile(profile)
-    tasks = {}
+    tasks, stages = {}, sorted(set(stages))
     for language in dict.fromkeys(languages):
-        values, origins = settings.load_params([f"params/{language}.yaml", profile], overrides)
-        for stage in sorted(set(stages)):
+        values, origins = settings.load_params(settings.find_params(language, profile), overrides)
+        _check_used(overrides or {}, stages)
+        for stage in stages:
             checked = settings.check_params(stage, values | {"language": language}, origins)
+            settings.check_inputs(stage, checked, origins)
+            _check_recordings(checked, origins)
             tasks[language, stage] = Task(language, stage, checked)
     for (language, stage), task in tasks.items():
         source = task.params.get("init_adapter")
@@ -77,9 +79,38 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
     return list(tasks.values())
 
 
-def run_tasks(tasks: list[Task], jobs: int) -> None:
+def _check_used(overrides, stages):
+    for key, value in overrides.items():
+        there = [stage for stage in STAGES if (settings.NOTEBOOKS / f"{stage}.ipynb").is_file()]
+        having = [stage for stage in there if key in settings.read_cell(stage)]
+        if not set(having) & set(stages):
+            raise ParameterError(f"command line: {key} is {value!r}, a parameter of {', '.join(having)}, and none of the chosen "
+                                 f"stages ({', '.join(stages)}) has it; leave it out, or choose a stage that does")
+
+
+def _check_recordings(params, origins):
+    """Refuse recordings without a clip of the language, before anything starts; a single bad clip is set aside later."""
+    for key in RECORDINGS:
+        if not params.get(key):
+            continue
+        from csm_nb.corpora import CorpusError, load_corpus  # imports torch, which takes seconds
+
+        found = f"{origins.get(key, 'default')}: {key} is {params[key]!r}"
+        try:
+            rows = load_corpus(resolve_path(params[key]), params["language"])
+        except (CorpusError, OSError, UnicodeDecodeError) as error:
+            raise ParameterError(f"{found}: {error}") from error
+        if not any(os.path.isfile(row["audio_path"]) for row in rows):
+            raise ParameterError(f"{found}: none of its {len(rows)} files is there, such as {rows[0]['audio_path']}")
+        if key == "corpus" and not any(str(row["text"] or "").strip() for row in rows):
+            raise ParameterError(f"{found}: none of its {len(rows)} clips has a text: a manifest's `text`, or a .txt beside each "
+                                 "clip of a folder")
+
+
+def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
     """Run tasks to their end, `jobs` at a time, one of a language at a time; each task then says how it went.
 
+    With `force` what is done is run again, into a folder beside the old one.
     On KeyboardInterrupt the running notebooks are ended, so only they are unfinished, and the interrupt goes on.
     """
     threads = str(max(1, count_cores() // jobs))
@@ -91,7 +122,7 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
                     _end_task(task)
             ready = [task for task in tasks if task.state == "waiting" and _is_ready(task, tasks)]
             if ready and sum(task.state == "running" for task in tasks) < jobs:
-                _start_task(min(ready, key=lambda task: task.stage), threads)
+                _start_task(min(ready, key=lambda task: task.stage), threads, force)
             else:
                 time.sleep(0.1)
     except BaseException:  # no notebook outlives this process
@@ -115,7 +146,7 @@ def _is_ready(task, tasks):
     return task.state == "waiting" and over and not busy
 
 
-def _start_task(task, threads):
+def _start_task(task, threads, force=False):
     for need in task.needs:
         if task.params.get("init_adapter") == need.stage:  # this call's own run, not merely the newest
             task.params = task.params | {"init_adapter": show_path(need.folder / "adapter")}
@@ -125,12 +156,15 @@ def _start_task(task, threads):
         task.state, task.note = "failed", str(error)
         print(f"{_clock()}  {task} failed: {error}", flush=True)
         return
-    task.folder = settings.find_done(base)
+    task.folder = None if force else settings.find_done(base)
     if task.folder:
         task.state, task.note = "done", "skipped: done before"
         task.verdict, task.seconds = _read_result(task.folder)
         print(f"{_clock()}  {task} {task.note}{_restore_adapter(task)}", flush=True)
         return
+    for folder in (base, *base.parent.glob(f"{base.name}.*")):
+        if ended := end_processes(settings.find_orphans(folder)):
+            print(f"{_clock()}  {task} ended {', '.join(map(str, ended))}, left at work by a call that was killed", flush=True)
     task.folder = settings.choose_folder(base)
     task.folder.mkdir(parents=True, exist_ok=True)
     notebook = task.folder / "notebook.ipynb"
@@ -146,7 +180,7 @@ def _start_task(task, threads):
     command += ["--cwd", source.parent, "--log-output", "--no-progress-bar"]
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
-    environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false"}
+    environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", settings.HANDED_DOWN: str(task.folder)}
     task.state, task.started = "running", time.time()
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(map(str, command))}\n")
@@ -154,12 +188,15 @@ def _start_task(task, threads):
         task.process = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches this process only
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    at_work = {"runner": identify_process(), "papermill": identify_process(task.process.pid)}
+    write_json(task.folder / settings.RUNNER, at_work)
     print(f"{_clock()}  {task} started, log: {show_path(task.folder / 'log.txt')}", flush=True)
 
 
 def _end_task(task):
     marker, notebook = task.folder / "done.json", task.folder / "notebook.ipynb"
     task.seconds = time.time() - task.started
+    _end_kernel(task.folder)
     if task.process.returncode == 0 and marker.is_file():
         task.state = "done"
         task.verdict, task.seconds = _read_result(task.folder)
@@ -181,6 +218,8 @@ def _find_error(task):
     text = (task.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()][-8:]
     code = task.process.returncode
+    if code < 0:
+        return f"papermill was ended by signal {-code} ({signal.Signals(-code).name})", lines
     if code == 0:
         return "the notebook did not reach finish_run", lines
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
@@ -211,16 +250,15 @@ def _restore_adapter(task):
 
 
 def _stop_process(process):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        family = [*parent.children(recursive=True), parent]  # the kernel is a session of its own
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        for member in psutil.wait_procs(family, timeout=5)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+    end_processes([identify_process(process.pid)])  # and its kernel, though that is a session of its own
     process.wait()
+
+
+def _end_kernel(folder):
+    """A kernel outlives a papermill that was killed; none may, as the next call would train beside it."""
+    record = read_json(folder / "run.json")
+    if record.get("status") == "running" and is_running(record.get("process")):
+        end_processes([record["process"]])
 
 
 def _clock():
@@ -228,25 +266,25 @@ def _clock():
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    """Return the command line's options; --audio and --corpus as paths from here, --set as {key: value}."""
+    """Return the command line's options; --audio, --corpus and --set together as {key: value} in `set`."""
     parser = argparse.ArgumentParser(prog="python -m csm_nb.run", description=__doc__.splitlines()[0])
     parser.add_argument("--langs", nargs="+", default=["no", "sv", "da"], help="languages: files of params/")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=" ".join(STAGES))
+    parser.add_argument("--stages", nargs="+", default=STAGES, metavar="STAGE", help=" ".join(STAGES))
     parser.add_argument("--profile", default="mini", help="models and sizes: mini, csm-1b, test or a YAML file")
     parser.add_argument("--audio", help="recordings for 00: a manifest.jsonl or a folder")
     parser.add_argument("--corpus", help="the corpus for 03: a manifest.jsonl or a folder")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a parameter")
     parser.add_argument("--jobs", type=int, help="notebooks side by side (default: one a core and a language)")
+    parser.add_argument("--force", action="store_true", help="run what is done again, beside the old runs")
     options = parser.parse_args(arguments)
-    overrides = {}
-    for word in options.set:
-        key, equals, value = word.partition("=")
-        if not equals:
-            parser.error(f"--set {word}: write KEY=VALUE, such as --set seed=1")
-        overrides[key] = yaml.safe_load(value) if value else ""
-    for key in ("audio", "corpus"):
-        if getattr(options, key):
-            overrides[key] = str(Path(getattr(options, key)).expanduser().resolve())
+    for stage in options.stages:
+        if stage not in STAGES:
+            parser.error(f"no stage {stage!r}{settings.suggest(stage, STAGES)} The stages are {', '.join(STAGES)}")
+    try:
+        overrides = read_overrides(options.set)
+    except ParameterError as error:
+        parser.error(str(error))
+    overrides |= {key: getattr(options, key) for key in RECORDINGS if getattr(options, key)}
     options.set = overrides
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
@@ -263,6 +301,32 @@ def _check_away(tasks):
                              f"    {commands}\nand copy the folders to models/ here; make models lists what is there")
     if away:
         print(f"from the hub, as they are not under models/: {', '.join(away)} (make models shows sizes and licences)")
+# KEY=VALUE up to the next KEY=: a value in quotes or brackets may hold anything
+_PAIR = re.compile(r"""\s*([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|\[[^\]]*\]|.*?)(?=\s+[A-Za-z_]\w*=|\s*$)""", re.S)
+
+
+def read_overrides(words) -> dict:
+    """Return {key: value} of KEY=VALUE words, the values as YAML reads them; "" for an empty one.
+
+    Words that a shell or make took apart (codebooks=[1, 8]) belong together, and one word may hold several pairs. Raises
+    ParameterError for what is no KEY=VALUE or no YAML, and for a key that is given twice.
+    """
+    text, overrides, at = " ".join(words).strip(), {}, 0
+    while at < len(text):
+        pair = _PAIR.match(text, at)
+        if not pair:
+            raise ParameterError(f"--set {text[at:].strip()}: write KEY=VALUE, such as --set seed=1 (make run SET='seed=1')")
+        key, value = pair.groups()
+        if key in overrides:
+            raise ParameterError(f"--set: {key} is given twice")
+        try:
+            overrides[key] = yaml.safe_load(value) if value else ""
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ParameterError(f"--set {key}={value}: not readable as YAML ({reason}); a list is [1, 8], a text with "
+                                 "special characters stands in quotes") from error
+        at = pair.end()
+    return overrides
 
 
 def main(arguments=None) -> int:
@@ -275,9 +339,11 @@ def main(arguments=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that was closed; under nohup it is ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     interrupted = False
     try:
-        run_tasks(tasks, options.jobs)
+        run_tasks(tasks, options.jobs, options.force)
     except KeyboardInterrupt:
         interrupted = True
     print()

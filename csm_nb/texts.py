@@ -101,3 +101,22 @@ def make_sentences(language: str, count: int, seed: int = 0, split: str = "train
              for texts, order in zip(lists, orders, strict=True) if turn < len(texts))
     drawn = [texts[i] for texts, i in itertools.islice(turns, count)]
     return [drawn[i] for i in rng.permutation(count)]
+
+
+def count_sentences(language: str, split: str = "train") -> int:
+    """Return how many sentences of a split the templates of `language` make: the most that make_sentences gives."""
+    return sum(map(len, _sentences_by_template(get_language(language).code)[split]))
+
+
+def draw_prompts(language: str, clips: int, seed: int = 0) -> tuple[list[str], str]:
+    """Return (sentences, what they are in words): `clips` to train on, then a tenth as many (and two) for validation.
+
+    Where the templates make fewer, it is all that there are, and the words say so: a profile asks every language for as many.
+    """
+    sentences, said = [], []
+    for split, count in (("train", clips), ("validation", clips // HELD_OUT + 2)):
+        there = count_sentences(language, split)
+        sentences += make_sentences(language, min(count, there), seed, split)
+        note = f" ({count} were asked for, the templates make no more)" if count > there else ""
+        said.append(f"{min(count, there)} for {split}{note}")
+    return sentences, f"sentences of {get_language(language).name}: {', '.join(said)}"

@@ -26,9 +26,7 @@ def write_notebook(path, parameters, *cells):
 def project(tmp_path):
     """Return a project with the machinery of runs, tiny notebooks 00 to 02, parameters for da and sv, and a "model"."""
     package = tmp_path / "csm_nb"
-    package.mkdir()
-    for name in ("__init__", "clean", "hub", "languages", "params", "provenance", "report", "run"):
-        shutil.copy(ROOT / "csm_nb" / f"{name}.py", package)
+    shutil.copytree(ROOT / "csm_nb", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "work.py").write_text("from csm_nb import helper\n")
     (package / "helper.py").write_text("VALUE = 1\n")
     (package / "unused.py").write_text("VALUE = 1\n")

@@ -87,6 +87,110 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
         params.check_params("00_mimi_sanity", {key: value}, {key: "params/my.yaml"})
 
 
+@pytest.mark.parametrize(("stage", "key", "value", "message"), [
+    ("00_mimi_sanity", "clips", -1, "allowed is from 1 on"),
+    ("00_mimi_sanity", "clips", 0, "allowed is from 1 on"),
+    ("00_mimi_sanity", "seed", -1, "allowed is from 0 to below 2147483648"),
+    ("00_mimi_sanity", "codebooks", [0, 8], "allowed is from 1 on"),
+    ("00_mimi_sanity", "codebooks", [8, 8], "allowed is each value once"),
+    ("00_mimi_sanity", "codebooks", [True], "a list of int"),
+    ("00_mimi_sanity", "device", "gpu", "allowed: auto, cpu, cuda, cuda:<number>, mps"),
+    ("00_mimi_sanity", "device", "cuda:x", "allowed: auto, cpu, cuda, cuda:<number>, mps"),
+    ("00_mimi_sanity", "f0_method", "crepe", "allowed: praat, pyin, torchcrepe"),
+    ("00_mimi_sanity", "marks", "nowhere.tsv", "allowed: a file or a folder, or empty"),
+    ("00_mimi_sanity", "audio", 7, "YAML reads .* digits as a number: write them in quotes"),
+    ("01_anchor", "lr", 0, "allowed is above 0 to 1"),
+    ("01_anchor", "lr", float("nan"), "allowed is above 0 to 1"),
+    ("01_anchor", "text_weight", float("inf"), "allowed is from 0 on"),
+    ("01_anchor", "depth_ratio", 1.5, "allowed is above 0 to 1"),
+    ("01_anchor", "depth_ratio", 0, "allowed is above 0 to 1"),
+    ("01_anchor", "dropout", 1, "allowed is from 0 to below 1"),
+    ("01_anchor", "rank", 0, "allowed is from 1 on"),
+    ("01_anchor", "alpha", 0, "allowed is from 1 on"),
+    ("01_anchor", "anchor_steps", 0, "allowed is from 1 on"),
+    ("01_anchor", "patience", -1, "allowed is from 0 on"),
+    ("01_anchor", "codebook_weights", [1.0, -1], "allowed is from 0 on"),
+    ("01_anchor", "codebook_weights", ["all"], "a list of float or int"),
+    ("04_confusion", "compare", [], "a list of str"),
+    ("04_confusion", "compare", ["da", "da"], "allowed is each value once"),
+    ("04_confusion", "compare", [False, "da"], '"no" in quotes'),
+    ("04_confusion", "compare", ["no", "sv"], "lacks the language itself, 'da'"),
+])  # fmt: skip
+def test_a_value_out_of_its_range_is_refused_with_what_is_allowed(stage, key, value, message):
+    with pytest.raises(params.ParameterError, match=f"my.yaml: {key} is .*{message}"):
+        params.check_params(stage, {key: value}, {key: "my.yaml"})
+
+
+def test_every_number_of_every_notebook_has_its_range_stated():
+    stated = " ".join(params.RANGES.values()).split()
+    for stage in params.STAGES:
+        for key, parameter in params.read_cell(stage).items():
+            number = parameter.default[0] if isinstance(parameter.default, list) and parameter.default else parameter.default
+            assert type(number) not in (int, float) or key in stated, key
+    assert len(stated) == len(set(stated))
+
+
+@pytest.mark.parametrize(("stage", "values", "message"), [
+    ("00_mimi_sanity", {"codebooks": [1, 64]}, "models/csm-mini has 8 codebooks; allowed are numbers from 1 to 8"),
+    ("00_mimi_sanity", {"clips": 100_000}, "clips is 100000: the templates of Danish hold .* held-out"),
+    ("00_mimi_sanity", {"f0_method": "torchcrepe"}, "f0_method is 'torchcrepe': it needs a package"),
+    ("01_anchor", {"codebook_weights": [1, 2]}, "codebook_weights is .*has 8 codebooks; allowed are as many weights"),
+    ("01_anchor", {"codebook_weights": [0] * 8}, "not all 0"),
+    ("01_anchor", {"four_bit": True, "device": "cpu"}, "four_bit is True: it needs an NVIDIA GPU"),
+    ("01_anchor", {"backend": "unsloth", "device": "cpu"}, "backend is 'unsloth': it needs an NVIDIA GPU"),
+    ("04_confusion", {"compare": ["da", "es"], "sentences": 1600}, "the templates of Spanish hold .* held-out"),
+    ("05_phonemes", {"sentences": 4000}, "sentences is 4000: the templates of Danish"),
+    ("01_anchor", {"device": "cuda"}, "device is 'cuda': there is no CUDA device; allowed are auto and cpu$"),
+    ("01_anchor", {"device": "mps"}, "device is 'mps': there is no such device; allowed are auto and cpu$"),
+])  # fmt: skip
+def test_what_is_not_here_is_refused_before_anything_starts(monkeypatch, stage, values, message):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(params.importlib.util, "find_spec", lambda name: None)
+    checked = params.check_params(stage, values)
+    with pytest.raises(params.ParameterError, match=f"^notebooks/{stage}.ipynb: .*{message}"):
+        params.check_inputs(stage, checked)
+
+
+def test_a_device_is_one_of_those_that_there_are(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(params.importlib.util, "find_spec", lambda name: name)
+    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:1"):
+        params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": device, "four_bit": device != "cpu"}))
+    with pytest.raises(params.ParameterError, match="device is 'cuda:2': there are 2, from cuda:0 on; allowed are auto"):
+        params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": "cuda:2"}))
+
+
+@pytest.mark.parametrize("package", ["pystoi", "pesq"])
+def test_hash_changes_with_a_package_that_measures_more(here, monkeypatch, package):
+    found, base = params.importlib.util.find_spec, place()
+    training = place("01_anchor")
+    installed = lambda name: name if name == package else None if name in ("pystoi", "pesq") else found(name)  # noqa: E731
+    monkeypatch.setattr(params.importlib.util, "find_spec", installed)
+    monkeypatch.setattr(params.importlib.metadata, "version", lambda name: "1.0")
+    older = place()
+    assert older.name != base.name or found(package)
+    monkeypatch.setattr(params.importlib.metadata, "version", lambda name: "2.0")
+    assert place().name not in (older.name, base.name)
+    assert place("01_anchor") == training  # which measures nothing by it
+
+
+def test_a_folder_that_the_runner_handed_down_is_the_one_that_is_written_to(here, monkeypatch):
+    values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+    handed = place().with_name(f"{place().name}.7")
+    monkeypatch.setenv(params.HANDED_DOWN, str(handed))
+    assert params.open_run("00_mimi_sanity", values).dir == handed
+    with pytest.raises(params.ParameterError, match="something was edited while it started"):
+        params.open_run("00_mimi_sanity", values | {"clips": 4})
+    anchor = {name: p.default for name, p in params.read_cell("01_anchor").items()}
+    assert params.open_run("01_anchor", anchor).dir == place("01_anchor")  # another stage's: not meant
+
+
 @pytest.mark.parametrize("key, value", [("method", "dora"), ("schedule", "step"), ("dtype", "fp8"), ("backend", "jax")])
 def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, value):
     with pytest.raises(params.ParameterError, match=f"my.yaml: {key} is '{value}'; allowed: {', '.join(params.CHOICES[key])}"):
@@ -206,10 +310,15 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(here):
     base = place()
     base.mkdir(parents=True)
     other = psutil.Process().parent()
-    provenance.write_json(base / "run.json", {"status": "running", "process": [other.pid, other.create_time()]})
+    at_work, over = [other.pid, other.create_time()], [other.pid, other.create_time() - 60]
+    provenance.write_json(base / "run.json", {"status": "running", "process": at_work})
     assert params.choose_folder(base).name == base.name + ".2"
-    provenance.write_json(base / "run.json", {"status": "running", "process": [other.pid, other.create_time() - 60]})
+    provenance.write_json(base / "run.json", {"status": "running", "process": over})
     assert params.choose_folder(base) == base  # the process id is another process's by now
+    provenance.write_json(base / params.RUNNER, {"runner": over, "papermill": at_work})  # its kernel is not there yet
+    assert params.choose_folder(base).name == base.name + ".2" and params.find_orphans(base) == [at_work]
+    provenance.write_json(base / params.RUNNER, {"runner": at_work, "papermill": at_work})
+    assert params.find_orphans(base) == []
 
 
 def test_a_notebook_whose_parameters_cell_did_not_run_is_told_so(here):

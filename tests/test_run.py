@@ -1,6 +1,8 @@
 """Headless runs: done stages are skipped, failures are kept and shown, an interrupt loses nothing that is finished."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +13,16 @@ import psutil
 import pytest
 
 from csm_nb import run as headless
+from csm_nb.corpora import load_corpus, write_manifest
 from csm_nb.params import STAGES, ParameterError
+from csm_nb.processes import is_running
 from csm_nb.provenance import read_json
 
 
 def start(project, *arguments):
     # importing the real torch would take most of the time of a notebook that only seeds it
-    (project / "torch.py").write_text("class cuda:\n    is_available = lambda: False\n\nmanual_seed = print\n")
+    stub = "class cuda:\n    is_available = lambda: False\n\nmanual_seed = set_num_threads = print\nget_num_threads = int\n"
+    (project / "torch.py").write_text(stub)
     environment = os.environ | {"PYTHONPATH": str(project)}
     command = [sys.executable, "-m", "csm_nb.run", *arguments]
     return subprocess.Popen(  # a suite that a shell runs in the background has Ctrl-C ignored, and hands that down
@@ -109,16 +114,29 @@ def test_a_notebook_that_never_finishes_its_run_is_a_failure(project):
     (["--set", "lr=1e-4"], "command line: lr is '1e-4'"),
     (["--set", "language=sv"], "language is set by --langs"),
     (["--audio", "nowhere"], "no "),
-    (["--langs", "xx"], "params/xx.yaml: no such file"),
-    (["--profile", "huge"], "params/huge.yaml: no such file"),
+    (["--set", "lr=0"], "command line: lr is 0.0; allowed is above 0 to 1"),
+    (["--set", "init_adapter="], "init_adapter is '', a parameter of 02_synthetic, and none of the chosen stages"),
+    (["--audio", "empty"], "audio is 'empty': .* nothing of language 'da'; found: no clip at all"),
+    (["--audio", "lost.jsonl"], "audio is 'lost.jsonl': none of its 1 files is there, such as .*gone.wav"),
+    (["--audio", "broken.jsonl"], "audio is 'broken.jsonl': .*broken.jsonl: line 1 lacks speaker_id"),
+    (["--langs", "xx"], r"no language 'xx' is taught here. The languages are sv \(Swedish: params/sv.yaml\), da .*"),
+    (["--langs", "danish"], "no language 'danish' is taught here; did you mean da?"),
+    (["--langs", "da", "sv,da"], "no language 'sv,da' .* written with spaces"),
+    (["--profile", "minni"], r"no profile 'minni'; did you mean mini\? There are mini \(params"),
+    (["--profile", "da"], r"no profile 'da'. There are mini \(params"),
+    (["--profile", "my.yaml"], "my.yaml: no such file"),
     (["--stages", "02_synthetic"], "run 01_anchor for da first"),
 ])  # fmt: skip
 def test_bad_parameters_stop_everything_before_it_starts(project, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(headless.settings, "ROOT", project)
     monkeypatch.setattr(headless.settings, "NOTEBOOKS", project / "notebooks")
+    (project / "empty").mkdir()
+    row = {"text": "hej", "audio_path": "gone.wav", "language": "da"}
+    (project / "broken.jsonl").write_text(json.dumps(row))
+    (project / "lost.jsonl").write_text(json.dumps(row | {"speaker_id": "1"}))
     stages = [] if "--stages" in arguments else ["--stages", "00_mimi_sanity"]
     assert headless.main(["--langs", "da", *stages, *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert not (project / "runs").exists()
 
 
@@ -146,6 +164,78 @@ def test_an_interrupt_ends_the_kernel_and_the_next_call_goes_on_from_there(proje
     assert find_run(project, "01_anchor") == anchors[0].parent
 
 
+WAITING = 'import os, time\nopen(run.dir / "attempts", "a").write("x")\nwhile not os.path.exists("go-on"): time.sleep(0.1)'
+
+
+def start_and_wait(project):
+    """Start a call whose notebook waits; return its process, and the ids of papermill and kernel once the kernel is there."""
+    process = start(project, "--langs", "da", "--stages", "01_anchor")
+    for _ in range(600):
+        if attempts := list((project / "runs").glob("da/01_anchor/*/attempts")):
+            break
+        time.sleep(0.1)
+    folder = attempts[0].parent
+    return process, read_json(folder / "runner.json")["papermill"], read_json(folder / "run.json")["process"]
+
+
+@pytest.mark.parametrize("killed", ["everything", "runner"])
+def test_after_kill_9_the_same_command_goes_on_in_the_same_folder_and_nothing_is_left(project, killed):
+    put_cell(project, "01_anchor", WAITING)
+    process, papermill, kernel = start_and_wait(project)
+    for pid in (process.pid, papermill[0], kernel[0]) if killed == "everything" else (process.pid,):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert is_running(kernel) == is_running(papermill) == (killed == "runner")
+    again = start(project, "--langs", "da", "--stages", "01_anchor")  # at once
+    for _ in range(600):
+        folder = find_run(project, "01_anchor")  # one and no other
+        if (folder / "attempts").read_text() == "xx":
+            break
+        time.sleep(0.1)
+    assert not is_running(kernel) and not is_running(papermill)
+    (project / "notebooks" / "go-on").touch()
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0 and ("left at work by a call that was killed" in output) == (killed == "runner"), output
+    assert find_run(project, "01_anchor") == folder and read_json(folder / "run.json")["status"] == "done"
+
+
+@pytest.mark.parametrize("killed", ["papermill", "kernel"])
+def test_a_killed_papermill_or_kernel_is_a_failure_that_the_next_call_mends(project, killed):
+    put_cell(project, "01_anchor", WAITING)
+    process, papermill, kernel = start_and_wait(project)
+    os.kill({"papermill": papermill, "kernel": kernel}[killed][0], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    assert not is_running(kernel) and not is_running(papermill)
+    error = read_json(find_run(project, "01_anchor") / "run.json")["error"]
+    assert ("papermill was ended by signal 9 (SIGKILL)" if killed == "papermill" else "DeadKernelError") in error
+    (project / "notebooks" / "go-on").touch()
+    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
+    assert code == 0, output
+    folder = find_run(project, "01_anchor")
+    assert read_json(folder / "run.json")["status"] == "done" and (folder / "attempts").read_text() == "xx"
+
+
+def test_a_second_call_leaves_a_living_one_alone(project):
+    put_cell(project, "01_anchor", WAITING)
+    process, papermill, kernel = start_and_wait(project)
+    first = find_run(project, "01_anchor")
+    (project / "notebooks" / "go-on").touch()
+    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
+    assert (code, process.wait(60)) == (0, 0), output
+    assert "ended" not in output and read_json(first / "run.json")["process"] == kernel
+
+
+def test_force_runs_what_is_done_again_beside_it(project):
+    assert call(project, "--langs", "da", "--stages", "00_mimi_sanity")[0] == 0
+    first = find_run(project, "00_mimi_sanity")
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity", "--force")
+    assert code == 0 and "skipped" not in output, output
+    assert read_json(first.with_name(f"{first.name}.2") / "run.json")["status"] == "done"
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+
+
 class Ended:
     """A process that has ended when it is looked at the second time."""
 
@@ -161,7 +251,7 @@ def pretended(monkeypatch):
     """Run tasks without notebooks; return (what started, in order; how many ran beside each; what is to fail)."""
     started, beside, failing, now = [], [], set(), []
 
-    def start_task(task, threads):
+    def start_task(task, threads, force):
         assert task.language not in [language for language, _ in now]
         task.state, task.process = "running", Ended()
         now.append((task.language, task.stage))
@@ -216,10 +306,52 @@ def test_every_stage_of_every_shipped_language_passes_the_check():
     assert chains["02_synthetic"] == ["01_anchor"] and chains["04_confusion"] == ["03_adapter"]
 
 
-def test_recordings_are_named_from_where_the_command_is_given(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("words", "values"), [
+    (["seed=1", "codebooks=[1]", "corpus="], {"seed": 1, "codebooks": [1], "corpus": ""}),
+    (["codebooks=[1, 8] seed=1"], {"codebooks": [1, 8], "seed": 1}),  # of make: one word
+    (["codebooks=[1,", "8]", "seed=1"], {"codebooks": [1, 8], "seed": 1}),  # of a shell without quotes
+    (["codebooks=[", "1", ",8", "]"], {"codebooks": [1, 8]}),
+    (["corpus_licence=CC BY 4.0", "clips=3"], {"corpus_licence": "CC BY 4.0", "clips": 3}),
+    (["corpus_licence='a b=1' method=full"], {"corpus_licence": "a b=1", "method": "full"}),
+    (['compare=["no", "sv"]'], {"compare": ["no", "sv"]}),
+    (["corpus=/it's here/m.jsonl"], {"corpus": "/it's here/m.jsonl"}),
+    (["lr=3.0e-4", "lid_model=~/a-b/c"], {"lr": 3e-4, "lid_model": "~/a-b/c"}),
+    ([" "], {}),
+])  # fmt: skip
+def test_values_with_spaces_survive_shell_and_make(words, values):
+    assert headless.read_overrides(words) == values
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["codebooks=[1,"], r"--set codebooks=\[1,: not readable as YAML .*a list is \[1, 8\]"),
+    (["clips"], "--set clips: write KEY=VALUE"),
+    (["clips", "seed=1"], "--set clips seed=1: write KEY=VALUE"),
+    (["seed=1", "seed=2"], "seed is given twice"),
+    (["marks='a"], "not readable as YAML"),
+    (["audio=a: b: c"], "not readable as YAML"),
+    (["day=2026-99-99"], "not readable as YAML"),
+])  # fmt: skip
+def test_what_is_no_value_is_refused_with_the_word_and_no_traceback(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        headless.parse_arguments(["--set", *words])
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("stage", "meant"), [("00", "00_mimi_sanity"), ("03_adaptor", "03_adapter"), ("confusion", STAGES[4])])
+def test_an_unknown_stage_is_refused_with_the_nearest(stage, meant, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        headless.parse_arguments(["--stages", stage])
+    assert f"no stage '{stage}'; did you mean {meant}? The stages are 00_mimi_sanity, 01_anchor" in capsys.readouterr().err
+
+
+def test_a_relative_path_means_the_same_wherever_it_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = headless.parse_arguments(["--audio", "clips", "--set", "seed=1", "codebooks=[1]", "corpus="])
-    assert options.set == {"seed": 1, "codebooks": [1], "corpus": "", "audio": str(tmp_path / "clips")}
+    assert headless.parse_arguments(["--audio", "clips"]).set == headless.parse_arguments(["--set", "audio=clips"]).set
+    manifest = write_manifest([{"text": "hej", "audio_path": "a.wav", "speaker_id": "1", "language": "da"}], tmp_path / "m.jsonl")
+    monkeypatch.setattr(headless.settings, "ROOT", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")  # where a notebook that is run by hand stands
+    assert load_corpus("m.jsonl", "da") == load_corpus(manifest, "da")
 
 
 def test_a_skipped_adapter_is_put_where_the_next_stages_look_for_it(tmp_path):
@@ -233,5 +365,5 @@ def test_a_skipped_adapter_is_put_where_the_next_stages_look_for_it(tmp_path):
 
 
 def test_bad_profile_is_an_error_that_names_the_others():
-    with pytest.raises(ParameterError, match="mini.yaml"):
+    with pytest.raises(ParameterError, match="There are csm-1b, mini, test "):
         headless.plan_tasks(["da"], ["01_anchor"], "no-such-profile")
