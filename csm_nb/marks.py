@@ -2,6 +2,7 @@
 
 import io
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
