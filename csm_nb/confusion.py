@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 
-from csm_nb.csm import load_adapter, load_base
+from csm_nb.csm import load_adapter, load_base, remove_adapters
 from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, transcribe
 from csm_nb.languages import get_language
 from csm_nb.params import TRAINED, resolve_path
 from csm_nb.speak import speak
+from csm_nb.speakers import get_speakers, pick_voice
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 
@@ -35,23 +36,34 @@ def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
 
 
 def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Every prompt by the base and by each adapter: one row a model and prompt, with model, wav, ended added.
+    """What the base and each adapter read: one row per model and prompt, with model, speaker, wav, ended added.
 
-    `adapters` maps a language to its folder, whose name the rows have. Adapters are put on one base in turn, fully trained
-    models loaded one after the other; the base speaks with all off.
+    `adapters` maps a language to its folder, whose name the rows have; each speaks with a voice of its own corpus. All are
+    on one base under their names, one active at a time, and `model` is afterwards what it was before; fully trained models
+    are loaded one after the other. The base reads every prompt, an adapter those of its own language and, of others, those
+    whose column `cross` is true (without that column, all). Raises AdapterError for an adapter that can not be put on.
     """
-    texts, speaker = list(prompts.text), VOICES[0].speaker_id
-    said = {"base": speak(model, processor, texts, speaker, seed=seed)}
-    for folder in adapters.values():
-        if (folder / TRAINED["lora"]).exists():
-            adapted = load_adapter(model, folder)
-            said[folder.name] = speak(adapted, processor, texts, speaker, seed=seed)
-            model = adapted.unload()
-        else:
-            said[folder.name] = speak(load_base(str(folder), model.device.type)[0], processor, texts, speaker, seed=seed)
-    return pd.concat([
-        prompts.assign(model=name, wav=[s.wav for s in speech], ended=[s.ended for s in speech]) for name, speech in said.items()
-    ], ignore_index=True)
+    parts, worn = [_read_aloud("base", model, processor, prompts, seed)], None
+    try:
+        for language, folder in adapters.items():
+            own = prompts[(prompts.language == language) | prompts.get("cross", True)]
+            if (folder / TRAINED["lora"]).exists():
+                worn = load_adapter(model if worn is None else worn, folder, name=f"adapter_{language}")
+                parts.append(_read_aloud(folder.name, worn, processor, own, seed))
+            else:
+                trained, _ = load_base(str(folder), str(model.device), model.dtype)
+                parts.append(_read_aloud(folder.name, trained, processor, own, seed))
+                del trained  # before the next one comes
+    finally:
+        if worn is not None:
+            remove_adapters(worn)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _read_aloud(name, model, processor, prompts, seed):
+    voice = pick_voice(get_speakers(model))
+    said = speak(model, processor, list(prompts.text), voice, seed=seed)
+    return prompts.assign(model=name, speaker=voice, wav=[s.wav for s in said], ended=[s.ended for s in said])
 
 
 def judge_speech(rows: pd.DataFrame, lid, asr: dict) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The base model: load it, prove that it is loaded right, choose what is trained, save and load adapters."""
+"""The base model: load it, choose what is trained, save adapters and put them on one base, each under its name."""
 
 import contextlib
 import importlib.util
@@ -7,18 +7,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoProcessor, BitsAndBytesConfig, CsmForConditionalGeneration
 from transformers.utils import logging
 
+from csm_nb.cards import write_card
 from csm_nb.clean import clean_text
 from csm_nb.codec import load_codec, pick_device
-from csm_nb.hub import fetch_model, find_weights
-from csm_nb.params import ROOT, TRAINED, show_path
-from csm_nb.provenance import describe_commit
+from csm_nb.hub import fetch_model
+from csm_nb.params import TRAINED, show_path
+from csm_nb.speakers import get_speakers, list_speakers, pick_voice, read_speakers, set_speakers
+from csm_nb.weights import hash_weights, list_tensors, list_weights
 
 BACKBONE_TABLE = "backbone_model.embed_tokens.embed_audio_tokens.weight"
 DEPTH_TABLE = "depth_decoder.model.embed_tokens.weight"
@@ -37,24 +40,26 @@ class BaseModelError(ValueError):
 
 
 class AdapterError(ValueError):
-    """An adapter that is missing, or that was trained on another base model."""
+    """An adapter that is missing or not whole, does nothing, or was trained on another base model."""
 
 
 def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: str | torch.dtype | None = None,
-              four_bit: bool = False, backend: str = "transformers"):
+              four_bit: bool = False, backend: str = "transformers", method: str = "lora"):
     """Returns (model, processor) of a CSM folder or hub id, with its codebook tables tied, in eval mode, nothing trainable yet.
 
     `dtype` ("auto": bfloat16 on a GPU, float32 on a CPU; "bfloat16"; "float32") is the language model's; the codec is
-    float32 in any case. `four_bit` holds the layers' weights as bitsandbytes' NF4: room for LoRA on a small GPU, a little
-    slower. `backend` "unsloth" loads through Unsloth's FastModel, with its patches; the adapter on it is peft's own all the
-    same. Both need CUDA; Unsloth was not tried here, only written by its source (2026.10.9). Raises hub.ModelError when
-    there is no such model here, and BaseModelError for what can not be had on this device, and when the checkpoint holds
-    neither codebook table.
+    float32 in any case. For `method` "full" all of it is float32 whatever `dtype` says, since what is trained has to start
+    from the checkpoint's own digits. `four_bit` holds the layers' weights as bitsandbytes' NF4: room for LoRA on a small
+    GPU, a little slower. `backend` "unsloth" loads through Unsloth's FastModel, with its patches; the adapter on it is
+    peft's own all the same. Both need CUDA; Unsloth was not tried here, only written by its source (2026.10.9). Raises
+    hub.ModelError when there is no such model here, and BaseModelError for what can not be had on this device, and when the
+    checkpoint holds neither codebook table.
     """
     device = pick_device(device)
     _check_request(device, dtype, four_bit, backend)
     path = fetch_model(model_id, "base_model")
     dtype = DTYPES.get(dtype, dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    dtype = torch.float32 if method == "full" else dtype
     options = {"dtype": dtype}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -71,9 +76,12 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: st
             missing = info["missing_keys"]
     tie_codebooks(model, missing)
     model.codec_model.float()
-    if dtype != torch.float32:  # from_pretrained rounded the codec too, and .float() does not bring its digits back
+    if dtype != torch.float32 or backend == "unsloth":  # the codec was rounded too, and .float() does not bring digits back
         model.codec_model.load_state_dict(load_codec(path).state_dict())
     model = model if four_bit else model.to(device)
+    model.loaded_from = path
+    if read_speakers(path):
+        set_speakers(model, read_speakers(path))
     return model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path)
 
 
@@ -96,12 +104,21 @@ def _load_unsloth(path, options, four_bit):
 
     model, _ = FastModel.from_pretrained(
         model_name=str(path), auto_model=CsmForConditionalGeneration, max_seq_length=CONTEXT, load_in_4bit=four_bit,
-        use_gradient_checkpointing=False, **options,
+        use_gradient_checkpointing=False, offload_embedding=False, **options,
     )
-    for file in find_weights(path):  # it ties the backbone's table to the depth decoder's, even one filled at random
+    # It makes float32 of the model and float16 of its projections and heads whatever dtype is asked for, and ties the
+    # backbone's table to the depth decoder's, even one filled at random: so dtype and digits are the checkpoint's again.
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not name.startswith("codec_model."):
+            value.data = value.data.to(options["dtype"])
+    held = dict(model.named_parameters())
+    for file in list_weights(path):
         with safe_open(file, "pt") as tensors:
-            for name in {BACKBONE_TABLE, DEPTH_TABLE} & set(tensors.keys()):
-                model.backbone_model.embed_tokens.embed_audio_tokens.weight.data.copy_(tensors.get_tensor(name))
+            for name in tensors.keys():
+                stored = tensors.get_tensor(name)
+                target = held.get(BACKBONE_TABLE if name == DEPTH_TABLE else name)
+                if target is not None and target.shape == stored.shape and target.is_floating_point():  # 4 bits stay as they are
+                    target.data.copy_(stored)
     return model
 
 
@@ -151,28 +168,140 @@ def add_adapter(model, rank: int = 64, alpha: int = 128, dropout: float = 0.05, 
     return get_peft_model(model, config)
 
 
-def load_adapter(model, folder, trainable: bool = False) -> PeftModel:
-    """`model` with the adapter in `folder` on it. AdapterError when there is none, or when it belongs to another base."""
-    folder = Path(folder)
-    config = folder / "adapter_config.json"
-    if not config.exists():
+def load_adapter(model, folder, trainable: bool = False, name: str = "default") -> PeftModel:
+    """`model` with the adapter in `folder` on it and active under `name`, beside those that it has on already.
+
+    Raises AdapterError when there is none, when it is not whole or fits only in part, when it belongs to another base, and
+    when `model` says with it what it says without: each time `model` is left as it was.
+    """
+    folder, worn = Path(folder), model if isinstance(model, PeftModel) else None
+    weights = _read_adapter(folder)
+    _check_base(model, folder)
+    if worn is not None and name in worn.peft_config:
+        raise AdapterError(f"an adapter of the name {name!r} is on the model already; give another name")
+    try:
+        if worn is None:
+            worn = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+        else:
+            worn.load_adapter(folder, name, is_trainable=trainable)
+        worn.set_adapter(name, inference_mode=not trainable)
+        _check_keys(worn, folder, name, weights)
+        _check_effect(worn, folder)
+    except Exception as error:
+        _take_off(model, worn, name)
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{folder} can not be put on this base ({' '.join(str(error).split())[:300]}); its config and weights "
+                           "do not fit each other or the base: fetch or train it again") from error
+    set_speakers(worn, read_speakers(folder))
+    return worn
+
+
+def remove_adapters(model: PeftModel):
+    """Take all adapters off and return the base as it was before them, to the last bit and key.
+
+    PEFT's own unload() leaves the text table of the active adapter in the base.
+    """
+    base = model.get_base_model()
+    _put_back(base)
+    base.speakers = {name: kept for name, kept in getattr(base, "speakers", {}).items() if not name}  # its own, if any
+    return base
+
+
+def _put_back(base):
+    for name, module in list(base.named_modules()):
+        kept = module.original_module if isinstance(module, ModulesToSaveWrapper) else (
+            module.base_layer if isinstance(module, LoraLayer) else None)
+        if kept is not None:
+            base.set_submodule(name, kept)
+    base.__dict__.pop("peft_config", None)
+    base.requires_grad_(False)
+
+
+def _take_off(model, worn, name):
+    """Undo a load that failed, however far it came."""
+    if not isinstance(model, PeftModel):
+        _put_back(model)
+    elif name in model.peft_config:
+        model.delete_adapter(name)
+
+
+def _read_adapter(folder):
+    """The tensors of an adapter's file by name, checked to be there and whole."""
+    if not (folder / "adapter_config.json").exists():
         raise AdapterError(f"{folder} holds no adapter (no adapter_config.json); run 03_adapter for its language first")
-    trained_on = json.loads(config.read_text()).get("base_model_name_or_path")
-    shape = (folder / "base.json").exists() and json.loads((folder / "base.json").read_text())
-    if shape and shape != describe_base(model):
-        raise AdapterError(f"{folder} was trained on {trained_on} ({shape}), this base is {describe_base(model)}; "
-                           "choose the base model it was trained on, or train it again")
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    if not any((folder / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise AdapterError(f"{folder} holds the config of an adapter and no weights (adapter_model.safetensors): it was not "
+                           "copied whole; fetch it again, or train it again")
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+        weights = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # half a file fails in as many ways as there are formats
+        raise AdapterError(f"{folder} can not be read ({type(error).__name__}: {error}): half a file, or none of an adapter's; "
+                           "fetch it again, or train it again") from error
+    if kind != "LORA":
+        raise AdapterError(f"{folder} holds an adapter of type {kind}; allowed is LORA")
+    bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise AdapterError(f"{folder}: {len(bad)} of {len(weights)} tensors hold weights that are no numbers, such as {bad[0]}; "
+                           "take an earlier one, or train it again with a lower lr")
+    return weights
+
+
+def _check_base(model, folder):
+    trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    kept, here = json.loads((folder / "base.json").read_text()) if (folder / "base.json").exists() else {}, describe_base(model)
+    wrong = {key: (kept[key], value) for key, value in here.items() if value and kept.get(key) and kept[key] != value}
+    if wrong:
+        what = "a base of the same shape with other weights" if wrong.keys() == {"weights"} else "another base"
+        raise AdapterError(f"{folder} was trained on {what}, {trained_on}; (its own, this one's): {wrong}. Choose the base model "
+                           "it was trained on, or train it again")
+
+
+def _check_keys(model, folder, name, weights):
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+    for keys, what in ((weights.keys() - wanted, "match nothing in this base"), (wanted - weights.keys(), "are missing in it")):
+        if keys:
+            whole = len(weights) if what.startswith("match") else len(wanted)
+            raise AdapterError(f"{folder}: {len(keys)} of {whole} keys {what}, such as {min(keys)}: it is of another model or of "
+                               "another version of its layers, and would be put on in part; train it again")
+
+
+@torch.inference_mode()
+def _check_effect(model, folder):
+    """The logits of both decoders on a known prompt have to differ with the adapter and without."""
+    inner = model.get_base_model()
+    tokens = torch.arange(8, device=inner.device)[None] % inner.config.text_vocab_size
+
+    def compute_logits():
+        embeds = inner.embed_text_tokens(tokens).to(inner.lm_head.weight.dtype)
+        hidden = inner.backbone_model(inputs_embeds=embeds).last_hidden_state
+        codes = torch.ones(1, 2, dtype=torch.long, device=inner.device)
+        depth = inner.depth_decoder(input_ids=codes, backbone_last_hidden_state=hidden[:, -1]).logits
+        return [inner.lm_head(hidden), depth]
+
+    model.eval()
+    with_it = compute_logits()
+    with model.disable_adapter():
+        without = compute_logits()
+    if all(map(torch.equal, with_it, without)):
+        raise AdapterError(f"{folder} changes nothing: the model says with it exactly what its base says. Its weights are still "
+                           "those that a training begins with (all zero), or too small to count; train it, or train it longer")
 
 
 def describe_base(model) -> dict:
-    """The shape that an adapter depends on, written beside it as base.json: layers, widths, codebooks, vocabularies."""
-    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    """What an adapter depends on, written beside it as base.json: layers, widths, codebooks, vocabularies, hash of the weights.
+
+    The hash is that of the checkpoint which load_base read (hash_weights), "" for a model that was made otherwise.
+    """
+    inner = _inner(model)
+    config = inner.config
     return {
         "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "codebooks": config.num_codebooks,
         "audio_vocabulary": config.vocab_size, "text_vocabulary": config.text_vocab_size,
         "depth_layers": config.depth_decoder_config.num_hidden_layers,
         "depth_hidden_size": config.depth_decoder_config.hidden_size,
+        "weights": hash_weights(inner.loaded_from) if getattr(inner, "loaded_from", None) else "",
     }
 
 
@@ -223,19 +352,27 @@ def describe_adapter(model) -> dict:
 
 
 def start_training(model, method: str, before=None, rank: int = 64, alpha: int = 128, dropout: float = 0.05,
-                   mlp: bool = False, text_embeddings: bool = False):
+                   mlp: bool = False, text_embeddings: bool = False, speakers=()):
     """`model` ready to be trained by `method`, "lora" or "full", from where the stage before left off (its folder) or anew.
 
     An adapter that is loaded keeps its own rank, alpha, dropout and layers: describe_adapter shows them. A model that was
-    trained fully lends its weights. Raises BaseModelError for another method, AdapterError for a folder of another base.
+    trained fully lends its weights. `speakers` (speakers.number_speakers) are those that it will have: it speaks with no
+    other, and they are saved with it. Raises BaseModelError for another method and for full training of weights that were
+    rounded, AdapterError for a folder of another base.
     """
     if method not in TRAINED:
         raise BaseModelError(f"method is {method!r}; allowed are {' and '.join(TRAINED)}")
     if method == "full":
-        return train_fully(model if before is None else load_full(model, before), text_embeddings)
-    if before is None:
-        return add_adapter(model, rank, alpha, dropout, mlp, text_embeddings)
-    return load_adapter(model, before, trainable=True)
+        if model.dtype != torch.float32:
+            raise BaseModelError(f"the model was loaded in {model.dtype}, which rounded its weights; for method 'full' load it "
+                                 "with load_base(..., method='full'), in float32")
+        model = train_fully(model if before is None else load_full(model, before), text_embeddings)
+    elif before is None:
+        model = add_adapter(model, rank, alpha, dropout, mlp, text_embeddings)
+    else:
+        model = load_adapter(model, before, trainable=True)
+    set_speakers(model, list(speakers) or read_speakers(before))
+    return model
 
 
 def load_full(model, folder):
@@ -246,7 +383,10 @@ def load_full(model, folder):
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise AdapterError(f"{folder} holds no fully trained model (no *.safetensors); run the stage before it with method=full")
-    state = {name: value for file in files for name, value in load_file(file).items()}
+    try:
+        state = {name: value for file in files for name, value in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder} can not be read ({error}): half a file? Fetch it again, or train it again") from error
     held = model.state_dict()
     strange = [name for name, value in state.items() if name not in held or held[name].shape != value.shape]
     if strange or not held.keys() - state.keys() <= {DEPTH_TABLE, BACKBONE_TABLE}:
@@ -254,6 +394,7 @@ def load_full(model, folder):
                            f"{(strange or sorted(held.keys() - state.keys()))[0]}; choose the base model it was trained on")
     model.load_state_dict(state, strict=False)
     tie_codebooks(model, held.keys() - state.keys())
+    model.loaded_from = None  # an adapter on it would be one of these weights
     return model
 
 
@@ -273,9 +414,14 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
         if base_id:
             model.peft_config["default"].base_model_name_or_path = show_path(base_id)
         model.save_pretrained(partial, save_embedding_layers=False)  # peft would ask the hub; a trained table is saved anyway
-        (partial / "base.json").write_text(json.dumps(describe_base(model), indent=1))
-        _write_card(partial, Path(folder).name, model, card, base_id)
+        _write_record(partial, model)
+        _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
+
+
+def _write_record(partial, model):
+    record = describe_base(model) | {"speakers": get_speakers(model)}
+    (partial / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def save_full(model, processor, folder, card: dict | None = None, base_id: str = "",
@@ -283,7 +429,8 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
     """Writes a fully trained model as save_base does, with a model card as save_adapter does, and returns the folder."""
     with _write_folder(folder) as partial:
         _write_base(model, processor, partial, dtype)
-        _write_card(partial, Path(folder).name, model, card, base_id)
+        _write_record(partial, model)
+        _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 
 
@@ -327,37 +474,18 @@ def _write_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_card(folder, name, model, card, base_id):
-    table, commit = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model), describe_commit(ROOT)
-    table["csm-nb commit"] = f"{commit['commit'] or 'unknown'}{' and uncommitted changes' if commit['dirty'] else ''}"
-    rows = "\n".join(f"| {key} | {show_path(value) if isinstance(value, Path) else value} |" for key, value in table.items())
-    base, adapter = show_path(base_id) if base_id else "unknown", isinstance(model, PeftModel)
-    loaded, start, attach = name, "", ""
-    if adapter:
-        loaded, start = base, "from peft import PeftModel\n"
-        attach = f'\nmodel = PeftModel.from_pretrained(model, "{name}")'
-    (folder / "README.md").write_text(f"""---
-library_name: {"peft" if adapter else "transformers"}
-base_model: {base}
-tags: [text-to-speech, csm{", lora" if adapter else ""}]
----
-# {name}
+def _write_card(folder, place, model, card, base_id):
+    adapter, inner, speakers = isinstance(model, PeftModel), _inner(model), get_speakers(model)
+    table = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model)
+    table |= {"speakers": list_speakers(speakers) or "not stated"}
+    table |= {"sampling rate": f"{inner.codec_model.config.sampling_rate} Hz"}
+    held = list_tensors(inner.loaded_from) if adapter and getattr(inner, "loaded_from", None) else {BACKBONE_TABLE}
+    tables = (DEPTH_TABLE, BACKBONE_TABLE) if BACKBONE_TABLE in held else (BACKBONE_TABLE, DEPTH_TABLE)
+    write_card(folder, place, table, base_id, adapter, pick_voice(speakers), tables)
 
-| what | value |
-| --- | --- |
-{rows}
 
-```python
-{start}from transformers import AutoProcessor, CsmForConditionalGeneration
-
-model = CsmForConditionalGeneration.from_pretrained("{loaded}")
-# transformers 5.17 does not tie the two codebook tables: do it after every load
-model.depth_decoder.model.embed_tokens.weight = model.backbone_model.embed_tokens.embed_audio_tokens.weight{attach}
-processor = AutoProcessor.from_pretrained("{loaded}")
-inputs = processor("<|begin_of_text|>[0]Hei.<|end_of_text|>", return_tensors="pt")
-audio = model.generate(**inputs, output_audio=True, max_new_tokens=100)
-```
-""", encoding="utf-8")
+def _inner(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def encode_text(processor, text: str, speaker_id: str) -> list[int]:

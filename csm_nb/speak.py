@@ -1,5 +1,6 @@
 """Generation: many sentences at once, with both decoders cached, capped, and runaways counted."""
 
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,17 @@ from transformers import DynamicCache
 
 from csm_nb.codec import decode
 from csm_nb.csm import encode_text
+from csm_nb.speakers import get_speakers, pick_voice
 
-# A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s a character.
-SECONDS_PER_CHARACTER, SECONDS_ON_TOP = 0.15, 1.0
+# A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
+SECONDS_PER_LETTER, SECONDS_ON_TOP = 0.15, 1.0
+# Letters of what is read as words: a digit, a sign, a letter of an abbreviation. The longest numbers have 13.5 letters per
+# digit (Polish 999,799; English 12, counted with num2words over ten languages), "double-v" and "per cento" have 8 and 9.
+LETTERS_READ_OUT = 14
+
+
+class SpeechError(ValueError):
+    """A text that can not be spoken: nothing to say, or more than the model has room for; says which, and the limit."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +41,57 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, generator) -> t
     return indices.gather(-1, drawn)[:, 0]
 
 
-@torch.inference_mode()
-def speak(model, processor, texts, speaker_ids="0", temperature: float = 0.6, top_k: int = 30, seed: int = 0,
-          batch_size: int = 32) -> list[Speech]:
-    """Speaks `texts` with the base or an adapted model, in batches; one speaker id for all or one a text.
+def count_letters(text: str) -> int:
+    """Return how many letters `text` has when read out: digits, signs and the letters of abbreviations ("EU") count 14 each.
 
-    Reproducible by `seed`. Every text has its own cap in frames; one that reaches it did not end by itself
-    (`ended` is False: a runaway) and is returned as far as it came.
+    Capitals side by side are taken for an abbreviation. That is too many for "1000" and for a shout, which only raises a cap.
     """
-    texts = list(texts)
-    speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str) else list(speaker_ids)
+    read_out = sum(c.isnumeric() or c in "%&@§" or unicodedata.category(c).startswith("S") for c in text)
+    capitals = [run for run in "".join(c if c.isupper() else " " for c in text).split() if len(run) > 1]
+    return len(text) + (LETTERS_READ_OUT - 1) * (read_out + sum(map(len, capitals)))
+
+
+def cap_seconds(text: str) -> float:
+    """Return the longest that `text` may take to be spoken, by its letters read out; what takes longer is a runaway."""
+    return SECONDS_PER_LETTER * count_letters(text) + SECONDS_ON_TOP
+
+
+def check_text(model, processor, text: str, speaker: str = "0") -> None:
+    """Raise SpeechError when `text` holds nothing to say, or more than fits the model's context: prompt and capped frames."""
+    if not any(c.isalnum() for c in text):
+        raise SpeechError(f"there is nothing to say in {text!r}: it holds neither letter nor digit; leave it out")
+    tokenizer, limit = processor.tokenizer, model.config.max_position_embeddings
+    known = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
+    if not any(c.isalnum() for c in tokenizer.decode(known)):
+        raise SpeechError(f"there is nothing to say in {text!r}: the model's tokenizer knows none of its letters; give the text "
+                          "in letters that it knows")
+    prompt = len(encode_text(processor, text, speaker))
+    frames = int(model.codec_model.config.frame_rate * cap_seconds(text))
+    if prompt + frames > limit:
+        raise SpeechError(f"a text of {len(text)} characters takes up to {prompt + frames} positions ({prompt} of text, {frames} "
+                          f"frames: {cap_seconds(text):.0f} s), and the model has {limit}: split it at its sentences and speak "
+                          f"them one by one. It begins: {text[:60]!r}")
+
+
+@torch.inference_mode()
+def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
+          batch_size: int = 32) -> list[Speech]:
+    """Speaks `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
+
+    Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". Reproducible by
+    `seed`. Every text has its own cap in frames; one that reaches it did not end by itself (`ended` is False: a runaway) and
+    is returned as far as it came. Before anything is spoken, raises SpeechError for a text with nothing to say or too long
+    for the model's context, and speakers.SpeakerError for a voice that the adapter was not trained with.
+    """
+    texts, known = list(texts), get_speakers(model)
+    speakers = [speaker_ids] * len(texts) if speaker_ids is None or isinstance(speaker_ids, str) else list(speaker_ids)
+    voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
+    speakers = [voices[speaker] for speaker in speakers]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     generator = torch.Generator(device=inner.device).manual_seed(seed)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for text, speaker in zip(texts, speakers, strict=True):
+        check_text(inner, processor, text, speaker)
+    order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))
     codes, ended = [None] * len(texts), [False] * len(texts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -52,22 +99,23 @@ def speak(model, processor, texts, speaker_ids="0", temperature: float = 0.6, to
                                temperature, top_k, generator)
         for i, (row, done) in zip(chosen, batch, strict=True):
             codes[i], ended[i] = row, done
-    wavs = decode(inner.codec_model, codes)
+    wavs = decode(inner.codec_model, codes) if codes else []
     return [Speech(*parts) for parts in zip(texts, wavs, codes, ended, strict=True)]
 
 
 def generate_codes(model, processor, texts, speakers, temperature, top_k, generator) -> list[tuple[np.ndarray, bool]]:
-    """One batch of prompts to (codes as uint16 frames x codebooks, ended by itself) a prompt."""
+    """One batch of prompts to (codes as uint16 frames x codebooks, ended by itself) per prompt."""
     device, config = model.device, model.config
     prompts = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
     longest, frame_rate = max(map(len, prompts)), model.codec_model.config.frame_rate
-    caps = torch.tensor([int(frame_rate * (SECONDS_PER_CHARACTER * len(t) + SECONDS_ON_TOP)) for t in texts], device=device)
+    caps = torch.tensor([int(frame_rate * cap_seconds(text)) for text in texts], device=device)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left, so that all rows go on at the same place
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
-    embeds, cache = model.embed_text_tokens(ids), DynamicCache(config=config)
+    # A text table that was trained is float32, also where the model around it is bfloat16.
+    embeds, cache = model.embed_text_tokens(ids).to(model.lm_head.weight.dtype), DynamicCache(config=config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     frames, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     lengths = caps.clone()

@@ -1,0 +1,86 @@
+"""The card of a trained model: what it is, and an example that speaks with it, run as it stands."""
+
+from pathlib import Path
+
+from csm_nb.languages import LANGUAGES
+from csm_nb.params import ROOT, resolve_path, show_path
+from csm_nb.provenance import describe_commit
+
+LONGEST = 20  # s; what the example may take, far above its one sentence
+
+
+def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: str, tables: tuple[str, str]) -> None:
+    """Write `folder`/README.md of the adapter or model that will lie in `place`, and whose figures are `table`.
+
+    `voice` is the speaker of the example; its text is a probe of the language that `table` says it reads, or is of.
+    `tables` are the codebook table to tie in the base after loading, and the one to tie it to.
+    """
+    base, place, commit = show_path(base_id) if base_id else "unknown", Path(place), describe_commit(ROOT)
+    table = table | {"csm-nb commit": f"{commit['commit'] or 'unknown'}{' and uncommitted changes' if commit['dirty'] else ''}"}
+    rows = "\n".join(f"| {key} | {show_path(value) if isinstance(value, Path) else value} |" for key, value in table.items())
+    language = table.get("reads", table.get("language"))
+    text = LANGUAGES[language if language in LANGUAGES else "en"].probes[0]
+    example = write_example(base if adapter else show_path(place), show_path(place) if adapter else "", text, voice, tables)
+    (Path(folder) / "README.md").write_text(f"""---
+library_name: {"peft" if adapter else "transformers"}
+base_model: {base}
+tags: [text-to-speech, csm{", lora" if adapter else ""}]
+---
+# {place.name}
+
+| what | value |
+| --- | --- |
+{rows}
+
+The example speaks a sentence into `speech.wav`, with transformers{", peft" if adapter else ""} and soundfile. Run it as it
+stands: in the folder of csm-nb, or anywhere with the Python that csm-nb is installed for. Where a folder was moved, name it:
+`{"BASE=... ADAPTER=..." if adapter else "MODEL=..."} python example.py`.
+
+On loading, transformers reports `{tables[0]}` as MISSING. Nothing is: the checkpoint holds one of
+two equal codebook tables, and transformers 5.17 fills the other with random numbers. The line after it makes them one again.
+
+```python
+{example}
+```
+""", encoding="utf-8")
+
+
+def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[str, str]) -> str:
+    """Return Python that loads `base`, puts `adapter` on it (if any) and speaks; no folder of this machine is named in it."""
+    name = "BASE" if adapter else "MODEL"
+    load, peft, attach = f"{name.lower()} = {_find(name, base)}", "", ""
+    if adapter:
+        load += f"\nadapter = {_find('ADAPTER', adapter)}"
+        peft, attach = "from peft import PeftModel\n", "\nmodel = PeftModel.from_pretrained(model, adapter)"
+    missing, kept = (f"model.{table}" for table in tables)
+    return f"""import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import soundfile
+{peft}from transformers import AutoProcessor, CsmForConditionalGeneration
+
+package = find_spec("csm_nb")
+root = Path(package.origin).parents[1] if package else Path()  # the folder of csm-nb
+{load}
+model = CsmForConditionalGeneration.from_pretrained({name.lower()}, dtype="float32")
+{missing} = \\
+    {kept}{attach}
+processor = AutoProcessor.from_pretrained({name.lower()})
+text = {text!r}
+inputs = processor(f"<|begin_of_text|>[{voice}]{{text}}<|end_of_text|>", return_tensors="pt")
+codec = model.codec_model.config
+longest = int({LONGEST} * codec.frame_rate)  # frames of {LONGEST} s; it ends by itself before
+audio = model.generate(**inputs, output_audio=True, max_new_tokens=longest)
+soundfile.write("speech.wav", audio[0].squeeze().numpy(), codec.sampling_rate)
+print("speech.wav:", text)"""
+
+
+def _find(variable, place):
+    """Code for a place: below csm-nb's folder, a hub id, or by its name where the example runs; the variable overrules it."""
+    inside = not Path(place).is_absolute() and (place.startswith(("models/", "runs/")) or resolve_path(place).parent.is_dir())
+    return f'os.environ.get("{variable}", {"root / " if inside else ""}"{place if inside else _shorten(place)}")'
+
+
+def _shorten(place):
+    return Path(place).name if Path(place).is_absolute() else place
