@@ -1,5 +1,6 @@
 """Batches from stored codes: clips packed into rows, every row of a training known before its first step."""
 
+import heapq
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from csm_nb.csm import encode_text
 
 IGNORED = -100
-GROUP = 16  # rows that are packed together: enough clips to choose from that rows come out full, few enough to stay shuffled
+GROUP = 64  # rows packed together: so many clips that all rows come out alike (of 16, one is a fifth emptier), still shuffled
 
 
 class TrainingError(RuntimeError):
@@ -23,7 +24,7 @@ class Clips:
     """Token rows with their texts encoded. The codes stay where they are, in a memory-mapped table, until a row needs them.
 
     `lengths` (positions: text, frames and the end-of-speech frame) and `seconds` go by the index in `rows`; `usable` are
-    the indices to train on, `set_aside` the rows that are longer than a packed row, with the `reason`.
+    the indices to train on, `set_aside` the rows that are too long for a packed row or the model, with the `reason`.
     """
 
     rows: object
@@ -34,23 +35,26 @@ class Clips:
     set_aside: list[dict] = field(default_factory=list)
 
 
-def read_clips(rows, processor, max_tokens: int, frame_rate: float) -> Clips:
+def read_clips(rows, processor, max_tokens: int, frame_rate: float, context: int | None = None) -> Clips:
     """`rows` (text, codes, speaker_id; a list or a Dataset) made ready to be packed into rows of `max_tokens` positions.
 
-    Raises TrainingError when there is no clip, or none that fits.
+    `context` is the positions that the model knows (its max_position_embeddings): a packed row may be longer, as each of its
+    clips begins anew, a clip may not. Raises TrainingError when there is no clip, or none that fits.
     """
     if len(rows) == 0:
         raise TrainingError("there is no clip to train on; look at the clips that were set aside above")
     texts, speakers = read_column(rows, "text"), read_column(rows, "speaker_id")
-    frames = np.array(_count_frames(rows))
+    frames = np.array(count_frames(rows))
     input_ids = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
     lengths = np.array([len(ids) for ids in input_ids]) + frames + 1
-    fits = lengths <= max_tokens
-    set_aside = [{"text": texts[i], "speaker_id": speakers[i], "reason": f"{lengths[i]} positions; a row holds {max_tokens}"}
+    beyond = context is not None and context < max_tokens
+    most, limit = (context, f"the model's context is {context}") if beyond else (max_tokens, f"a row holds {max_tokens}")
+    fits = lengths <= most
+    set_aside = [{"text": texts[i], "speaker_id": speakers[i], "reason": f"{lengths[i]} positions; {limit}"}
                  for i in np.flatnonzero(~fits)]
     if not fits.any():
-        raise TrainingError(f"none of {len(rows)} clips fits a row of max_tokens={max_tokens}; the shortest needs "
-                            f"{lengths.min()}: raise max_tokens, or cut the clips")
+        raise TrainingError(f"none of {len(rows)} clips fits: {limit} positions, the shortest clip needs {lengths.min()}: "
+                            f"{'' if beyond else 'raise max_tokens, or '}cut the clips")
     return Clips(rows, input_ids, lengths, frames / frame_rate, np.flatnonzero(fits), set_aside)
 
 
@@ -60,7 +64,8 @@ def read_column(rows, name: str) -> list[str]:
     return [str(value) for value in column]
 
 
-def _count_frames(rows):
+def count_frames(rows) -> list[int]:
+    """The frames of each token row, without reading a code."""
     if isinstance(rows, list):
         return [len(row["codes"]) for row in rows]
     return pc.list_value_length(rows.with_format("arrow")["codes"][:]).to_pylist()  # from offsets: no code is read
@@ -69,23 +74,36 @@ def _count_frames(rows):
 def pack_epoch(lengths: np.ndarray, indices: np.ndarray, max_tokens: int, rng: np.random.Generator) -> list[list[int]]:
     """One pass over `indices` in a new order, packed: each row a list of indices whose lengths sum to at most `max_tokens`.
 
-    First fit, longest first, within groups of about 16 rows' worth of shuffled clips; then the rows are shuffled.
+    Shuffled clips are parted into equal groups of about 64 rows' worth, and each group is dealt out evenly (`fill_evenly`),
+    so that a step on one row gives no frame much more weight than a step on another; then the rows are shuffled.
     """
     shuffled = rng.permutation(indices)
-    groups = np.cumsum(lengths[shuffled]) // (GROUP * max_tokens)
-    rows = []
-    for group in np.split(shuffled, np.flatnonzero(np.diff(groups)) + 1):
-        packed, room = [], []
-        for index in group[np.argsort(-lengths[group], kind="stable")]:
-            place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
-            if place is None:
-                packed.append([])
-                room.append(max_tokens)
-                place = -1
-            packed[place].append(int(index))
-            room[place] -= lengths[index]
-        rows += packed
+    ends = np.cumsum(lengths[shuffled])
+    count = max(1, round(ends[-1] / (GROUP * max_tokens)))
+    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
+    rows = [row for group in np.split(shuffled, bounds) if len(group) for row in fill_evenly(lengths, group, max_tokens)]
     return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def fill_evenly(lengths: np.ndarray, indices: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """`indices` in as few rows as hold them when each clip, the longest first, goes to the emptiest row.
+
+    So the fullest and the emptiest row differ by one clip's length at most.
+    """
+    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
+    sizes = lengths[ordered].tolist()
+    count = -(-sum(sizes) // max_tokens)
+    while True:
+        rows, filled = [[] for _ in range(count)], [(0, row) for row in range(count)]  # a heap: the emptiest comes first
+        for index, size in zip(ordered.tolist(), sizes, strict=True):
+            full, row = filled[0]
+            if full + size > max_tokens:
+                break
+            rows[row].append(index)
+            heapq.heapreplace(filled, (full + size, row))
+        else:
+            return rows
+        count += 1
 
 
 def plan_rows(clips: Clips, max_tokens: int, count: int, seed: int) -> list[list[int]]:

@@ -42,9 +42,14 @@ def list_checkpoints(out_dir) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def prune_checkpoints(out_dir, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints, and every one that was cut off."""
-    kept = {folder for _, folder in list_checkpoints(out_dir)[-keep:]}
+def prune_checkpoints(out_dir, keep: int, always=()) -> None:
+    """Deletes every checkpoint that was cut off, and of the complete ones all but the newest, those of the steps `always`,
+    and as many of the newest others as make them `keep`."""
+    found = list_checkpoints(out_dir)
+    kept = {folder for step, folder in found if step in always} | {folder for _, folder in found[-1:]}
+    for _, folder in found[::-1]:
+        if len(kept) < keep:
+            kept.add(folder)
     for folder in Path(out_dir).glob("checkpoint-*"):
         if folder not in kept:
             (folder / MARKER).unlink(missing_ok=True)  # first, so that one half deleted is never taken for whole

@@ -12,8 +12,8 @@ from csm_nb.batches import TrainingError, batch_clips, read_clips
 from csm_nb.checkpoints import has_finite_weights, list_checkpoints, load_weights
 from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, transcribe
 from csm_nb.speak import speak
-from csm_nb.texts import make_sentences
-from csm_nb.train import VALIDATION_CLIPS, compute_loss, inner_model
+from csm_nb.texts import VALIDATION_CLIPS, make_sentences
+from csm_nb.train import compute_loss, inner_model
 
 CHOICES = ("best", "last")
 TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05

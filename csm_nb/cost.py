@@ -1,11 +1,13 @@
-"""What a training will cost, before it starts: memory by part, and a few real steps that change nothing."""
+"""What a training will cost, before it starts: memory by part, disk, and a few real steps that change nothing."""
 
 import contextlib
 import math
 import os
+import shutil
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -16,7 +18,7 @@ from peft import PeftModel
 
 from csm_nb.batches import Clips, PackedRows, collate, plan_rows, read_clips
 from csm_nb.processes import read_memory_left
-from csm_nb.train import Recipe, compute_loss, half_precision, inner_model, prepare_model, restore_model
+from csm_nb.train import Recipe, compute_loss, half_precision, inner_model, plan_choices, prepare_model, restore_model
 
 PLAN = {"anchor": 10, "synthetic": 100, "real": 50}  # hours of speech a language in the seed guide's three trainings
 EPOCHS = 3
@@ -31,28 +33,32 @@ SAMPLES = (((16,) * 2, 2, 2), ((16,) * 4, 2, 2), ((32,) * 4, 2, 2), ((16,) * 2, 
 
 
 class CostError(RuntimeError):
-    """A training that does not fit the memory. `memory` holds bytes by part, `suggestions` the fields of the recipe, a
-    dict each, with which it would fit; the message says both."""
+    """A training that does not fit the memory, or whose checkpoints do not fit the disk. `memory` holds bytes by part,
+    `suggestions` the fields of the recipe, a dict each, with which it would fit; the message says both."""
 
     def __init__(self, message: str, memory: dict, suggestions: list[dict]):
         super().__init__(message)
         self.memory, self.suggestions = memory, suggestions
 
 
-def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float = 0.0, steps: int = 3) -> dict:
-    """What training `model` on token rows will take: checks the memory, then makes `steps` real steps after one to warm up.
+def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float = 0.0, steps: int = 3,
+                 out_dir=".") -> dict:
+    """What training `model` on token rows will take: checks memory, and the disk that holds `out_dir`, then makes `steps` real
+    steps after one to warm up.
 
     The steps are the Trainer's (forward, backward, clipping, AdamW; the first on the plan's largest batch) at a learning
     rate of 0: no weight, no random number and no mode is another afterwards, but what is trained is float32, as train_model
     makes it. Evaluations, checkpoints and, with several processes, the exchange of gradients are not in it.
 
     Returns seconds_per_step (the median), audio_seconds_per_step and _per_second and positions_per_second of all processes,
-    memory (estimate_memory), peak_memory (bytes in use in these steps: the GPU's, or the process's on a CPU), epochs, hours
-    and price of the whole run (None without `price_per_hour`), and plan: the rows of tabulate_cost. For other corpora it
-    takes clips packed as densely as these. Raises CostError when the memory is too small, before a step or in one.
+    memory (estimate_memory), disk (estimate_disk), peak_memory (bytes in use in these steps: the GPU's, or the process's on a
+    CPU), epochs, hours and price of the whole run (None without `price_per_hour`), and plan: the rows of tabulate_cost. For
+    other corpora it takes clips packed as densely as these. Raises CostError when memory or disk is too small, before a step
+    or in one.
     """
     rate, world = inner_model(model).codec_model.config.frame_rate, int(os.environ.get("WORLD_SIZE", 1))
-    clips = read_clips(rows, processor, recipe.max_tokens, rate)
+    clips = read_clips(rows, processor, recipe.max_tokens, rate, inner_model(model).config.max_position_embeddings)
+    disk = estimate_disk(model, recipe, out_dir)
     memory, suggest = _estimate(model, clips, recipe)
     shapes = shape_batches(clips, recipe, model.device)
     largest = max(range(len(shapes)), key=lambda i: tuple(shapes[i]))
@@ -83,17 +89,18 @@ def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float =
     total = price("all three", EPOCHS * sum(PLAN.values())) | {"steps": sum(row["steps"] for row in table)}
     return {
         "seconds_per_step": seconds, "audio_seconds_per_step": audio, "audio_seconds_per_second": audio / seconds,
-        "positions_per_second": positions / seconds, "memory": memory, "peak_memory": peak,
+        "positions_per_second": positions / seconds, "memory": memory, "disk": disk, "peak_memory": peak,
         "epochs": recipe.steps * audio / float(clips.seconds[clips.usable].sum()), "hours": run["hours"],
         "price": run["price"], "plan": [run, *table, total],
     }
 
 
 def describe_cost(cost: dict) -> str:
-    """One line on measure_cost's result: time of a step, speed and memory."""
-    memory = cost["memory"]
-    return (f"{cost['seconds_per_step']:.2g} s a step, {cost['audio_seconds_per_second']:.3g} s of audio a second, "
-            f"{memory['needed'] / GIB:.2g} GiB needed of {memory['free'] / GIB:.2g} GiB free")
+    """One line on measure_cost's result: time of a step, speed, memory, and disk for the checkpoints."""
+    memory, disk = cost["memory"], cost["disk"]
+    return (f"{cost['seconds_per_step']:.2g} s per step, {cost['audio_seconds_per_second']:.3g} s of audio per second; memory: "
+            f"{memory['needed'] / GIB:.2g} GiB needed of {memory['free'] / GIB:.2g} GiB free; disk: {disk['checkpoints']} "
+            f"checkpoints of {disk['checkpoint'] / GIB:.2g} GiB, {disk['free'] / GIB:.3g} GiB free")
 
 
 def tabulate_cost(cost: dict) -> pd.DataFrame:
@@ -107,6 +114,34 @@ def tabulate_cost(cost: dict) -> pd.DataFrame:
     if cost["price"] is None:
         return table.drop(columns="price")
     return table.assign(price=table["price"].round(2))
+
+
+def estimate_disk(model, recipe: Recipe, out_dir=".") -> dict:
+    """Bytes that a training's checkpoints take on the disk of `out_dir`: {"checkpoint", "checkpoints", "needed", "free"}.
+
+    Each holds what is trained (all weights, if there is no adapter) and AdamW's two moments, in float32. `checkpoints` is how
+    many there are at once: those that are kept (checkpoints.prune_checkpoints) and one being written; what earlier ones of
+    this training take already counts as free. Raises CostError when there is less room.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    others = 0 if isinstance(model, PeftModel) else sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    count = min(max(recipe.keep_checkpoints, len(plan_choices(recipe.steps))) + 1, recipe.steps)
+    folder = Path(out_dir).resolve()
+    held = sum(file.stat().st_size for file in folder.glob("checkpoint-*/**/*") if file.is_file())
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    disk = {"checkpoint": 12 * trained + others, "checkpoints": count}
+    disk |= {"needed": count * disk["checkpoint"], "free": shutil.disk_usage(place).free + held}
+    if disk["needed"] > disk["free"]:
+        fewest = len(plan_choices(recipe.steps))
+        fits = fewest < recipe.keep_checkpoints and (fewest + 1) * disk["checkpoint"] <= disk["free"]
+        suggestions = [{"keep_checkpoints": fewest}] if fits else []
+        ways = [f"keep_checkpoints={fewest}"] * fits + ["method=lora instead of full"] * (not isinstance(model, PeftModel))
+        ways.append("more room there, or a runs_dir elsewhere")
+        raise CostError(
+            f"the training's checkpoints do not fit the disk: {count} of {disk['checkpoint'] / GIB:.2f} GiB, "
+            f"{disk['needed'] / GIB:.2f} GiB, {disk['free'] / GIB:.2f} GiB are free in {place}. What helps: {', or '.join(ways)}",
+            disk, suggestions)
+    return disk
 
 
 def estimate_memory(model, clips: Clips, recipe: Recipe) -> dict:
@@ -240,8 +275,6 @@ def _leave_alone(model, recipe):
     finally:
         model.zero_grad()
         restore_model(model)
-        if recipe.recompute:  # transformers leaves the hook that it set on the embeddings: more would be kept from now on
-            inner_model(model).backbone_model.disable_input_require_grads()
         for module, mode in modes.items():
             module.training = mode
 

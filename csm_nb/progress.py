@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from IPython import get_ipython
 from IPython.display import display
 from torch.utils.tensorboard import SummaryWriter
@@ -17,14 +18,55 @@ from csm_nb.attention import use_attention
 from csm_nb.speak import speak
 
 REDRAW = 2.0  # s; a figure drawn at every log of a fast training would be most of its time
-PARTS = ("loss", "backbone_loss", "depth_loss", "eval_loss", "grad_norm")
+PARTS = ("loss", "backbone_loss", "depth_loss", "text_loss", "eval_loss", "grad_norm")
+
+
+class KeepPace(TrainerCallback):
+    """Asks the Trainer for a line of the log and a checkpoint by the clock, and for those at the steps `choices` with an
+    evaluation, whatever the time.
+
+    A checkpoint comes with a line, so that a resumed training's next line counts from there as well. None of it changes what
+    is learned: evaluations, by which a training may stop early, do not go by the clock. A training that stops early is saved
+    where it stopped. `log_seconds` and `save_minutes` of 0 leave the clock alone.
+    """
+
+    def __init__(self, log_seconds: float, save_minutes: float, choices=()):
+        self.log_seconds, self.save_seconds, self.choices = log_seconds, 60 * save_minutes, set(choices)
+        self.logged = self.saved = self.began = time.monotonic()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.monotonic()
+        ahead = 2 * now - self.began  # when the next step is done, if it takes as long
+        due = [0 < self.log_seconds < ahead - self.logged, 0 < self.save_seconds < ahead - self.saved]
+        if args.world_size > 1:
+            due = broadcast_object_list(due)  # all processes do the same, by the clock of the first
+        chosen = state.global_step in self.choices
+        control.should_evaluate |= chosen
+        control.should_save |= chosen or due[1]
+        control.should_log |= due[0] or control.should_save
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save |= control.should_training_stop
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.logged = self.saved = time.monotonic()
 
 
 class PrintProgress(TrainerCallback):
-    """One line every few steps with the losses, gradient norm, rates and the time that is left."""
+    """One line every few steps with the losses, gradient norm, rates and the time that is left, that of the `evaluations`
+    (steps) to come in it."""
 
-    def __init__(self):
-        self.start, self.heard = None, 0.0
+    def __init__(self, evaluations=()):
+        self.evaluations, self.start, self.heard, self.evaluating = evaluations, None, 0.0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = self.start or (time.monotonic(), state.global_step)
@@ -37,11 +79,19 @@ class PrintProgress(TrainerCallback):
         words += [f"{key} {logs[key]:.3f}" for key in PARTS if key in logs]
         words += [f"lr {logs['learning_rate']:.1e}"] if "learning_rate" in logs else []
         if self.start and state.global_step > self.start[1]:
-            seconds = time.monotonic() - self.start[0]
-            rate = (state.global_step - self.start[1]) / seconds
-            left = (state.max_steps - state.global_step) / rate
-            words += [f"{self.heard / seconds:.1f} s of audio a second", f"{datetime.timedelta(seconds=round(left))} left"]
+            self.evaluating += logs.get("eval_runtime", 0.0)
+            seconds = time.monotonic() - self.start[0] - self.evaluating
+            words += [f"{self.heard / seconds:.1f} s of audio a second"]
+            words += [f"{datetime.timedelta(seconds=round(self.count_left(state, seconds)))} left"]
         print("  ".join(words), flush=True)
+
+    def count_left(self, state, seconds: float) -> float:
+        """Seconds to the end, when the steps since the start took `seconds`: steps, and evaluations as long as those before."""
+        steps = (state.max_steps - state.global_step) * seconds / (state.global_step - self.start[1])
+        took = [row["eval_runtime"] for row in state.log_history if "eval_runtime" in row]
+        evaluated = max((row["step"] for row in state.log_history if "eval_runtime" in row), default=0)
+        to_come = sum(step > evaluated for step in self.evaluations)
+        return steps + to_come * sum(took) / max(1, len(took))
 
 
 class WriteMetrics(TrainerCallback):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from csm_nb import train
 from csm_nb.attention import use_attention
-from csm_nb.batches import batch_clips, read_clips
+from csm_nb.batches import TrainingError, batch_clips, collate, pack_row, read_clips
 from csm_nb.clean import clean_text
 
 TOLERANCE = 0.02  # of the depth loss; bfloat16 keeps two to three digits
@@ -23,6 +23,12 @@ WAYS_OUT = {
     "depth loss is a mean": "the loss would train the depth decoder out of proportion (31 times on CSM-1B, where transformers "
                             "divides by frames instead of codes); use train.compute_loss, and look at transformers' version",
     "end of speech is labelled": "a model that never learns to stop runs on; look at train.build_inputs",
+    "clips do not see each other": "a clip in a packed row would learn to lean on its neighbours, which are not there when it "
+                                   "is spoken; load with csm.load_base, and look at attention.use_attention and transformers' "
+                                   "version (packed clips are told by position_ids that restart)",
+    "positions restart in each clip": "a clip would be trained at positions where it is never spoken; look at batches.pack_row",
+    "no clip is beyond the context": "the model has no position for the end of such a clip; batches.read_clips sets it aside "
+                                     "where it is given the context",
     "text survives the tokenizer": "letters of the language itself are lost before the model sees them; use the tokenizer of the "
                                    "base model, whole, or a base whose tokenizer has them",
     "trained: backbone": "attach with csm.start_training, which names both decoders by full path",
@@ -42,11 +48,12 @@ def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
     """What was checked of `model`, whether it holds and what was found: a table for the notebook; all hold, or ProofError.
 
     After loading: one codebook table; the depth decoder's loss is the mean over its codes (computed again by hand from
-    random clips); the frame that ends speech is labelled in every codebook; `texts`, which hold the language's own letters,
-    come back from the tokenizer as they were (after clean_text). Of the texts of `corpus` it says how many lose characters
-    (list_unknown names them), and stops only where all do. With something to train in it (an adapter, or csm.train_fully)
-    also: it sits in both decoders and not in the codec, and gradients reach both. Weights, gradients, modes and random
-    numbers are left as they were.
+    random clips); the frame that ends speech is labelled in every codebook; in a packed row other codes in one clip move no
+    logit of the next, and its positions start anew; a clip longer than the model's context is set aside, however long a row is;
+    `texts`, which hold the language's own letters, come back from the tokenizer as they were (after clean_text). Of the texts
+    of `corpus` it says how many lose characters (list_unknown names them), and stops only where all do. With something to train
+    in it (an adapter, or csm.train_fully) also: it sits in both decoders and not in the codec, and gradients reach both.
+    Weights, gradients, modes and random numbers are left as they were.
     """
     inner, checks = train.inner_model(model), {}
     tables = inner.backbone_model.embed_tokens.embed_audio_tokens.weight, inner.depth_decoder.model.embed_tokens.weight
@@ -56,11 +63,13 @@ def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
     use_attention(inner, training=True)
     try:
         model.eval()  # no dropout
-        checks |= _check_loss(model, inner, make_batch(inner, processor, texts), trained)
+        clips = make_clips(inner, processor, texts)
+        checks |= _check_loss(model, inner, make_batch(inner, clips), trained) | _check_packing(model, inner, clips)
     finally:
         use_attention(inner, training)
         model.train(training)
         model.zero_grad()
+    checks["no clip is beyond the context"] = _check_context(inner, processor)
     checks["text survives the tokenizer"] = _check_texts(processor.tokenizer, texts, corpus)
     if trained:
         for part, name in (("backbone_model", "trained: backbone"), ("depth_decoder", "trained: depth decoder")):
@@ -76,13 +85,17 @@ def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
     return table
 
 
-def make_batch(model, processor, texts=()) -> dict:
-    """The known batch: two short clips of random codes, every frame for the depth decoder as well."""
+def make_clips(model, processor, texts=()):
+    """The known clips: two short ones of random codes."""
     rng, config = np.random.default_rng(0), model.config
     shape = config.num_codebooks, model.codec_model.config.codebook_size
     rows = [{"text": text, "speaker_id": "0", "codes": rng.integers(1, shape[1], (frames, shape[0]), dtype=np.uint16)}
             for text, frames in zip((*texts, "Hello.", "No.")[:2], FRAMES, strict=True)]
-    clips = read_clips(rows, processor, config.max_position_embeddings, model.codec_model.config.frame_rate)
+    return read_clips(rows, processor, config.max_position_embeddings, model.codec_model.config.frame_rate)
+
+
+def make_batch(model, clips) -> dict:
+    """The known batch: the clips side by side, every frame for the depth decoder as well."""
     batch = batch_clips(clips, [0, 1], generator=torch.Generator().manual_seed(0))
     return {key: value.to(model.device) for key, value in batch.items()}
 
@@ -109,6 +122,44 @@ def _check_loss(model, inner, batch, trained):
                        if part in key and value.grad is not None) ** 0.5
             checks[f"gradients reach the {name}"] = 0 < norm < float("inf"), f"norm {norm:.3g}"
     return checks
+
+
+def _check_packing(model, inner, clips):
+    """Both clips in one row, then once more with other codes in the first: the second's logits are the same to the last bit."""
+    row, split = collate([pack_row(clips, [0, 1], 1.0, torch.Generator().manual_seed(0))]), int(clips.lengths[0])
+    other = row | {"codes": row["codes"].clone()}
+    first = row["is_frame"].clone()
+    first[:, split:] = False
+    other["codes"][first] = row["codes"][first] % (inner.codec_model.config.codebook_size - 1) + 1
+    logits = []
+    with torch.no_grad(), train.half_precision(inner.device.type):
+        for batch in (row, other):
+            batch = {key: value.to(inner.device) for key, value in batch.items()}
+            positions = train.build_inputs(inner, batch)["position_ids"][0].tolist()
+            output = train.compute_loss(model, batch)
+            logits.append((output.logits[0], output.depth_decoder_logits.flatten(0, -2)))
+    (backbone, depth), (backbone_too, depth_too) = logits
+    drawn = row["depth_frames"]
+    second = len(depth) * int((drawn & first).sum()) // int(drawn.sum())  # where the second clip's codes begin
+    moved = [(a - b).abs().float().max().item() for a, b in ((backbone[split:], backbone_too[split:]),
+                                                             (depth[second:], depth_too[second:]))]
+    own = (backbone[:split] - backbone_too[:split]).abs().float().max().item()  # or the check itself is blind
+    expected = [*range(split), *range(int(clips.lengths[1]))]
+    return {
+        "clips do not see each other": (max(moved) == 0 < own, f"logits of the next clip move by {max(moved):.3g}, its own by "
+                                                               f"{own:.3g}"),
+        "positions restart in each clip": (positions == expected, f"the second clip begins at {positions[split]}"),
+    }
+
+
+def _check_context(model, processor):
+    context, codebooks = model.config.max_position_embeddings, model.config.num_codebooks
+    row = {"text": "No.", "speaker_id": "0", "codes": np.ones((context, codebooks), np.uint16)}
+    try:
+        train.read_clips([row], processor, 2 * len(row["codes"]), model.codec_model.config.frame_rate, context)
+    except TrainingError:
+        return True, f"{context} positions"
+    return False, f"a clip of {context} frames is trained on"
 
 
 def list_unknown(processor, texts) -> pd.DataFrame:

@@ -22,6 +22,7 @@ MIN_WORDS, MAX_WORDS = 2, 6
 MIN_CHARACTERS, MAX_CHARACTERS = 10, 40
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 10  # one sentence in ten: half of them for validation, half for tests
+VALIDATION_CLIPS = 128  # that a training looks at: about 15 minutes of speech; more only makes every evaluation slower
 _NOT_A_WORD = re.compile(r"[\W\d_]+")
 
 
@@ -109,12 +110,13 @@ def count_sentences(language: str, split: str = "train") -> int:
 
 
 def draw_prompts(language: str, clips: int, seed: int = 0) -> tuple[list[str], str]:
-    """Return (sentences, what they are in words): `clips` to train on, then a tenth as many (and two) for validation.
+    """Return (sentences, what they are in words): `clips` to train on, then a tenth as many (and two, 128 at most)
+    for validation.
 
     Where the templates make fewer, it is all that there are, and the words say so: a profile asks every language for as many.
     """
     sentences, said = [], []
-    for split, count in (("train", clips), ("validation", clips // HELD_OUT + 2)):
+    for split, count in (("train", clips), ("validation", min(clips // HELD_OUT + 2, VALIDATION_CLIPS))):
         there = count_sentences(language, split)
         sentences += make_sentences(language, min(count, there), seed, split)
         note = f" ({count} were asked for, the templates make no more)" if count > there else ""

@@ -3,10 +3,9 @@
 import math
 import os
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -14,15 +13,13 @@ from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from csm_nb.attention import use_attention
-from csm_nb.batches import IGNORED, PackedRows, TrainingError, collate, pack_epoch, plan_rows, read_clips, read_column
-from csm_nb.checkpoints import list_checkpoints, load_weights, mark_complete, prune_checkpoints, save_weights
-from csm_nb.progress import LiveFigure, PrintProgress, WriteMetrics, WriteTensorBoard
-from csm_nb.provenance import write_json
-from csm_nb.texts import split_of
+from csm_nb.batches import IGNORED, PackedRows, TrainingError, collate, pack_epoch, plan_rows, read_clips
+from csm_nb.checkpoints import MARKER, list_checkpoints, load_weights, mark_complete, prune_checkpoints, save_weights
+from csm_nb.progress import KeepPace, LiveFigure, PrintProgress, WriteMetrics, WriteTensorBoard
+from csm_nb.provenance import read_json, write_json
+from csm_nb.split import VALIDATION_CLIPS, split_rows  # noqa: F401  split_rows is train's to those who call it
 
 EXPLODED = 1.5  # times the first loss, or that of blind guessing if it is larger: no training that goes well is there
-VALIDATION_CLIPS = 128  # about 15 minutes of speech; more only makes every evaluation slower
-FEWEST_SPEAKERS = 10  # with fewer, holding one out would cost more of the voices than it tells
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,9 @@ class Recipe:
     log_every: int = 0
     eval_every: int = 0
     save_every: int = 0
-    keep_checkpoints: int = 3
+    log_seconds: float = 30.0  # at most, from one line of the log to the next; 0: by steps alone
+    save_minutes: float = 10.0  # at most, from one checkpoint to the next; 0: by steps alone
+    keep_checkpoints: int = 3  # at least; the newest and the three to choose from (plan_choices) are kept in any case
     seed: int = 0
 
 
@@ -59,6 +58,9 @@ def read_recipe(params: dict, **given) -> Recipe:
             raise TrainingError(f"{name} is {getattr(recipe, name)}; allowed is 1 and more")
     if not (recipe.lr > 0 and 0 < recipe.depth_ratio <= 1):
         raise TrainingError(f"lr is {recipe.lr}, depth_ratio {recipe.depth_ratio}; allowed are lr above 0, depth_ratio up to 1")
+    for name in ("log_seconds", "save_minutes"):
+        if not getattr(recipe, name) >= 0:
+            raise TrainingError(f"{name} is {getattr(recipe, name)}; allowed is 0 (never by time) and more")
     if recipe.schedule not in ("cosine", "linear"):
         raise TrainingError(f"schedule is {recipe.schedule!r}; allowed are cosine and linear")
     return recipe
@@ -84,7 +86,7 @@ def compute_loss(model, batch: dict, codebook_weights=(), text_weight: float = 0
     Both are means over what they label, so neither depends on the batch's size. Passing the Trainer's
     num_items_in_batch to the model instead makes the depth loss codebooks - 1 times too large (31 on CSM-1B).
     `codebook_weights` weigh codebook 0 (the backbone's) and the others; `text_weight` adds the loss on the next text
-    token, with the text table as the head.
+    token, with the text table as the head, and leaves its mean in .text_loss.
     """
     inner = inner_model(getattr(model, "module", model))
     inputs = build_inputs(inner, batch)
@@ -100,17 +102,26 @@ def compute_loss(model, batch: dict, codebook_weights=(), text_weight: float = 0
         depth = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(0)
         output.loss = weights[0] * output.backbone_loss + (weights[1:] * depth).mean()
     if text_weight > 0:
-        is_text = ~batch["is_frame"][:, :-1] & ~batch["is_frame"][:, 1:] & (batch["position_ids"].diff() == 1)
-        is_text &= batch["input_ids"][:, 1:] != 0  # not the padding
+        is_text = find_text_targets(batch)
         hidden = output.hidden_states[-1][:, :-1][is_text]
         logits = hidden @ inner.embed_text_tokens.weight.to(hidden.dtype).T
-        output.loss = output.loss + text_weight * cross_entropy(logits.float(), batch["input_ids"][:, 1:][is_text])
+        output.text_loss = cross_entropy(logits.float(), batch["input_ids"][:, 1:][is_text])
+        output.loss = output.loss + text_weight * output.text_loss
     return output
 
 
+def find_text_targets(batch: dict) -> torch.Tensor:
+    """Which positions, from the second on, are text tokens that another text token of their clip comes before."""
+    is_text = ~batch["is_frame"][:, :-1] & ~batch["is_frame"][:, 1:] & (batch["position_ids"].diff() == 1)
+    return is_text & (batch["input_ids"][:, 1:] != 0)  # not the padding
+
+
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether matrix products in bfloat16 are faster on `device`: on a GPU, on a CPU with AVX512-BF16 or AMX."""
-    return device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether matrix products in bfloat16 are faster on `device`: on a GPU of compute capability 8 (Ampere) and later, which
+    leaves out a T4 or V100, that only imitate it; on a CPU with AVX512-BF16 or AMX."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def half_precision(device: str) -> torch.autocast:
@@ -130,28 +141,44 @@ class CsmTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the Trainer counts the labelled frames of a whole step and hands them over
         config = self.accelerator.unwrap_model(self.model).config
         self.guess = 2 * math.log(config.vocab_size)  # nats: both decoders choose evenly
-        self.sums = {True: torch.zeros(4), False: torch.zeros(4)}  # training or not: loss, backbone, depth, all by frame; frames
+        self.trained, self.validated = torch.zeros(6), {}  # sums (count_loss) since the last log; those of each held-out row
         self.rows_of_step = []
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The Trainer's own schedule begun one step later (its last_epoch is 0), as with a rate of 0 step 1 learns nothing."""
+        for group in (optimizer or self.optimizer).param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return super().create_scheduler(num_training_steps + 1, optimizer)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        frames = super()._get_num_items_in_batch(batch_samples, device)
+        if frames is None or not self.recipe.text_weight:
+            return frames
+        texts = sum(find_text_targets(batch).sum() for batch in batch_samples).to(device)
+        return torch.stack([frames, self.accelerator.reduce(texts, "sum")])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows, frames = inputs.pop("row"), inputs["is_frame"].sum()
         output = compute_loss(model, inputs, self.recipe.codebook_weights, self.recipe.text_weight)
+        texts = find_text_targets(inputs).sum() if self.recipe.text_weight else frames.new_zeros(())
+        text = self.recipe.text_weight * output.text_loss if self.recipe.text_weight else output.loss.new_zeros(())
+        audio = output.loss - text
+        parts = torch.stack([audio * frames, text * texts, output.backbone_loss * frames, output.depth_decoder_loss * frames,
+                             frames, texts]).detach().float().cpu()
         if model.training:
             self.rows_of_step += rows.tolist()
             loss = output.loss.item()
             first = next((row["loss"] for row in self.state.log_history if "loss" in row), loss)
             if not (math.isfinite(loss) and loss <= EXPLODED * max(first, self.guess)):
                 self.stop(f"the loss is {loss:.4g} (it began with {first:.4g}, blind guessing has {self.guess:.1f})")
-        parts = torch.stack([output.loss, output.backbone_loss, output.depth_decoder_loss]).detach().float() * frames
-        self.sums[model.training] += torch.cat([parts, frames[None].float()]).cpu()
+            self.trained += parts
+        else:
+            self.validated[int(rows)] = parts  # a row that a process repeats, to have as many as the others, counts once
         loss = output.loss
-        if num_items_in_batch is not None:  # frames count alike, in whichever batch and process of the step they are
-            loss = loss * frames / num_items_in_batch * self.accelerator.num_processes
+        if num_items_in_batch is not None:  # frames count alike, and text tokens, in whichever batch and process of the step
+            counts = num_items_in_batch.expand(2) if num_items_in_batch.dim() == 0 else num_items_in_batch
+            loss = (audio * frames / counts[0] + text * texts / counts[1]) * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -171,13 +198,26 @@ class CsmTrainer(Trainer):
     def log(self, logs, start_time=None):
         kind = "loss" in logs
         if kind or "eval_loss" in logs:
-            sums = self.accelerator.reduce(self.sums[kind].to(self.args.device), "sum").cpu()
-            total, backbone, depth = (sums[:3] / sums[3]).tolist()
+            sums = self._sum_up(kind)
+            audio, text, backbone, depth = (sums[:4] / sums[[4, 5, 4, 4]].clamp(min=1)).tolist()
             prefix = "" if kind else "eval_"
             logs |= {prefix + "backbone_loss": backbone, prefix + "depth_loss": depth}
-            logs |= {"audio_seconds": sums[3].item() / self.frame_rate} if kind else {"eval_loss": total}
-            self.sums[kind].zero_()
+            logs |= {prefix + "text_loss": text / self.recipe.text_weight} if self.recipe.text_weight else {}
+            logs |= {"audio_seconds": sums[4].item() / self.frame_rate} if kind else {"eval_loss": audio + text}
         super().log(logs, start_time)
+
+    def _sum_up(self, training):
+        """The sums over all processes of what was seen since the last log, each held-out row of them once."""
+        if training:
+            sums = self.accelerator.reduce(self.trained.to(self.args.device), "sum").cpu()
+            self.trained.zero_()
+            return sums
+        table = torch.zeros(len(self.eval_dataset), 7)  # the sums, and in how many processes the row was
+        for row, parts in self.validated.items():
+            table[row] = torch.cat([parts, torch.ones(1)])
+        self.validated.clear()
+        table = self.accelerator.reduce(table.to(self.args.device), "sum").cpu()
+        return (table[:, :6] / table[:, 6:]).sum(0)
 
     def _save(self, output_dir=None, state_dict=None):
         save_weights(self.accelerator.unwrap_model(self.model), output_dir)
@@ -200,39 +240,43 @@ class CsmTrainer(Trainer):
         if self.args.should_save:
             rows = [row for row in self.state.log_history if row["step"] == self.state.global_step]  # no loss of an earlier step
             losses = {k: v for row in rows for k, v in row.items() if k.endswith("loss")}
-            mark_complete(folder, {"step": self.state.global_step} | losses)
-            prune_checkpoints(self.args.output_dir, self.recipe.keep_checkpoints)
+            stopped = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+            mark_complete(folder, {"step": self.state.global_step} | losses | ({"stopped": True} if stopped else {}))
+            prune_checkpoints(self.args.output_dir, self.recipe.keep_checkpoints, plan_choices(self.recipe.steps))
 
 
 def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recipe, callbacks=()) -> list[dict]:
     """Trains what is trainable in `model` on token rows and returns the loss history; `model` holds the trained weights.
 
-    Goes on from the newest complete checkpoint in `out_dir`, if one is there, as if it had never stopped. Entries of the
-    history are {"step", "loss", ...} and {"step", "eval_loss", ...} (on a fixed draw of frames), with the parts of each
-    decoder. The log also goes to out_dir/metrics.jsonl. Raises TrainingError when
-    there is nothing to train on, the loss explodes or is no number, or a checkpoint can not be written.
+    Goes on from the newest complete checkpoint in `out_dir`, if one is there, as if it had never stopped; a training that
+    stopped early (`patience`) stays stopped. Entries of the history are {"step", "loss", ...} and {"step", "eval_loss", ...}
+    (on a fixed draw of frames), with the parts of each decoder. The log also goes to out_dir/metrics.jsonl. Raises
+    TrainingError when there is nothing to train on, the loss explodes or is no number, or a checkpoint can not be written.
     """
-    out_dir, device = Path(out_dir), next(model.parameters()).device.type
-    rate = inner_model(model).codec_model.config.frame_rate
-    clips = read_clips(train_rows, processor, recipe.max_tokens, rate)
-    held_out = read_clips(valid_rows, processor, recipe.max_tokens, rate)
+    out_dir, device, done = Path(out_dir), next(model.parameters()).device.type, list_checkpoints(out_dir)
+    config, rate = inner_model(model).config, inner_model(model).codec_model.config.frame_rate
+    clips, held_out = (read_clips(rows, processor, recipe.max_tokens, rate, config.max_position_embeddings)
+                       for rows in (train_rows, valid_rows))
+    if done and read_json(done[-1][1] / MARKER).get("stopped"):
+        print(f"it stopped early at step {done[-1][0]} (patience={recipe.patience}) and stays so; delete {done[-1][1]} to go on")
+        recipe = replace(recipe, steps=done[-1][0])
     arguments = build_arguments(out_dir, recipe, device)
     count = recipe.steps * recipe.batch_size * recipe.accumulate * arguments.world_size
     plan = plan_rows(clips, recipe.max_tokens, count, recipe.seed)
+    pace = KeepPace(recipe.log_seconds, recipe.save_minutes, plan_choices(recipe.steps))
+    stop_early = [EarlyStoppingCallback(recipe.patience)] if recipe.patience else []
     trainer = CsmTrainer(
         model=prepare_model(model, recipe), args=arguments, recipe=recipe, frame_rate=rate,
         train_dataset=PackedRows(clips, plan, recipe.depth_ratio, recipe.seed),
         eval_dataset=PackedRows(held_out, plan_validation(held_out, recipe), recipe.depth_ratio, recipe.seed),
-        callbacks=[PrintProgress(), WriteMetrics(), WriteTensorBoard(), LiveFigure(), *callbacks],
+        callbacks=[*stop_early, pace, PrintProgress(plan_evaluations(recipe)), WriteMetrics(), WriteTensorBoard(), LiveFigure(),
+                   *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    if recipe.patience:
-        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
-    done = list_checkpoints(out_dir)
-    if clips.set_aside:
+    if clips.set_aside and trainer.is_world_process_zero():
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "set_aside.json", clips.set_aside)
-        print(f"{len(clips.set_aside)} clips are longer than a row and set aside, all in set_aside.json:", *clips.set_aside[:5],
+        print(f"{len(clips.set_aside)} clips are too long and set aside, all in set_aside.json:", *clips.set_aside[:5],
               sep="\n  ")
     if done:
         print(f"goes on from {done[-1][1].name}")
@@ -250,15 +294,29 @@ def plan_validation(clips, recipe: Recipe) -> list[list[int]]:
     return pack_epoch(clips.lengths, chosen, recipe.max_tokens, rng)
 
 
+def plan_choices(steps: int) -> list[int]:
+    """The steps of a training's last third, the last one among them, whose checkpoints are written, evaluated and kept
+    whatever the time, for the choice between them: three, where there are so many."""
+    return sorted({-(-steps * ninth // 9) for ninth in (7, 8, 9)})
+
+
+def plan_evaluations(recipe: Recipe) -> list[int]:
+    """The steps after which a training evaluates: every eval_every (by default thirds), and those of plan_choices."""
+    every = recipe.eval_every or -(-recipe.steps // 3)
+    return sorted({*range(every, recipe.steps, every), *plan_choices(recipe.steps)})
+
+
 def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
-    """TrainingArguments of a recipe. Batches come in the plan's order; what is saved or logged when follows the length."""
-    evaluate = recipe.eval_every or max(1, math.ceil(recipe.steps / 4))
-    return TrainingArguments(
+    """TrainingArguments of a recipe. Batches come in the plan's order; what is saved or logged when follows the length, and
+    the clock (progress.KeepPace). One device, unless it was launched with more processes (python -m csm_nb.launch)."""
+    evaluate = recipe.eval_every or -(-recipe.steps // 3)
+    arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed, data_seed=recipe.seed,
-        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulate, lr_scheduler_type=recipe.schedule,
+        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=1,  # one: rows by their number, see _sum_up
+        gradient_accumulation_steps=recipe.accumulate, lr_scheduler_type=recipe.schedule, lr_scheduler_kwargs={"last_epoch": 0},
         warmup_steps=max(1, recipe.steps // 10), max_grad_norm=1.0, bf16=has_fast_bfloat16(device), use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
+        ddp_find_unused_parameters=False,  # all are used, though the embeddings outside of the wrapped forward
         train_sampling_strategy="sequential", remove_unused_columns=False,
         logging_steps=recipe.log_every or max(1, recipe.steps // 10), logging_first_step=True, logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=evaluate, eval_on_start=not list_checkpoints(out_dir), save_strategy="steps",
@@ -266,6 +324,8 @@ def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
         restore_callback_states_from_checkpoint=True, report_to=[], disable_tqdm=True,
         dataloader_num_workers=2 if device == "cuda" else 0, dataloader_pin_memory=device == "cuda",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would put all visible ones under nn.DataParallel, which CSM can't
+    return arguments
 
 
 def inner_model(model):
@@ -295,32 +355,7 @@ def restore_model(model) -> None:
     use_attention(inner, training=False)
     if inner.backbone_model.is_gradient_checkpointing:
         inner.backbone_model.gradient_checkpointing_disable()
+        inner.backbone_model.disable_input_require_grads()  # the hook on the embeddings, which transformers leaves there
     model.eval()
 
 
-def split_rows(rows):
-    """(train, held out, how it was split), as the Dataset or list that `rows` is.
-
-    One speaker in ten is held out, and their sentences are taken from the training. With fewer than 10 speakers it is one
-    sentence in ten, by its hash, whoever says it. So no sentence is ever in both. Raises TrainingError when a side is empty.
-    """
-    speakers, texts = (read_column(rows, name) for name in ("speaker_id", "text"))
-    voices = sorted(set(speakers))
-    if len(voices) >= FEWEST_SPEAKERS:
-        held_voices = set(voices[::10])
-        held = [i for i, voice in enumerate(speakers) if voice in held_voices]
-        known = {texts[i] for i in held}
-        train = [i for i, voice in enumerate(speakers) if voice not in held_voices and texts[i] not in known]
-        how = f"{len(held)} clips of {len(held_voices)} held-out speakers of {len(voices)}"
-    else:
-        held = [i for i, text in enumerate(texts) if split_of(text) != "train"]
-        train = [i for i, text in enumerate(texts) if split_of(text) == "train"]
-        how = f"{len(held)} with held-out sentences ({len(voices)} speakers: too few to hold one out)"
-    if not train or not held:
-        raise TrainingError(f"{len(texts)} clips leave {len(train)} to train on and {len(held)} held out; "
-                            "both are needed: give more clips with different sentences")
-    return _take(rows, train), _take(rows, held), how
-
-
-def _take(rows, indices):
-    return rows.select(indices) if isinstance(rows, datasets.Dataset) else [rows[i] for i in indices]

@@ -190,7 +190,7 @@ def test_the_table_and_its_line_show_what_was_measured():
     table = tabulate_cost(measured)
     assert list(table.columns) == ["audio (h)", "steps", "hours", "price"]
     assert list(table.index) == ["this run", "anchor 10 h x 3", "synthetic 100 h x 3", "real 50 h x 3", "all three"]
-    assert "s of audio a second" in describe_cost(measured) and "GiB free" in describe_cost(measured)
+    assert "s of audio per second" in describe_cost(measured) and "GiB free" in describe_cost(measured)
     assert "price" not in tabulate_cost(measure_cost(model, processor, make_rows(), RECIPE, steps=1))
 
 

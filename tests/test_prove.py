@@ -3,8 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface
+from transformers.models.csm import modeling_csm
 
-from csm_nb import train
+from csm_nb import attention, train
+from csm_nb.batches import pack_row, read_clips
 from csm_nb.csm import add_adapter, load_base, train_fully
 from csm_nb.languages import LANGUAGES
 from csm_nb.prove import WAYS_OUT, ProofError, prove_model
@@ -89,3 +92,40 @@ def test_a_frozen_decoder_is_refused(base):
 def test_a_tokenizer_that_loses_letters_is_refused_with_the_text(base):
     with pytest.raises(ProofError, match=r"text survives the tokenizer \(found: 'Привет' came back as"):
         prove_model(*base, ["Hei.", "Привет"])
+
+
+def attend_to_the_whole_row(module, query, key, value, mask, scaling, position_ids=None, **kwargs):
+    return attention.attend_by_clip(module, query, key, value, mask, scaling)  # no positions: where clips begin is not told
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, lambda model: add_adapter(model, 4, 8, 0.1)], ids=["base", "lora"])
+def test_clips_that_see_each_other_in_a_packed_row_are_refused(base, prepare, monkeypatch):
+    model = prepare(base[0])
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, attend_to_the_whole_row)
+    with pytest.raises(ProofError, match="clips do not see each other.*position_ids that restart") as refused:
+        prove_model(model, base[1])
+    assert str(refused.value).count("found:") == 1
+
+
+def test_clips_are_apart_under_the_mask_of_a_gpu_too(base, monkeypatch):
+    monkeypatch.setattr("csm_nb.prove.use_attention", lambda model, training: None)  # sdpa, as it was loaded
+    assert prove_model(*base).loc["clips do not see each other"].found.startswith("logits of the next clip move by 0,")
+    monkeypatch.setattr(modeling_csm, "create_causal_mask", lambda **kwargs: None)  # causal over the whole row
+    with pytest.raises(ProofError, match="clips do not see each other"):
+        prove_model(*base)
+
+
+def test_positions_that_run_on_are_refused(base, monkeypatch):
+    def run_on(clips, indices, *args):
+        row = pack_row(clips, indices, *args)
+        return row | {"position_ids": torch.arange(len(row["position_ids"]))}
+
+    monkeypatch.setattr("csm_nb.prove.pack_row", run_on)
+    with pytest.raises(ProofError, match=r"positions restart in each clip \(found: the second clip begins at [1-9]"):
+        prove_model(*base)
+
+
+def test_a_clip_beyond_the_context_that_is_not_set_aside_is_refused(base, monkeypatch):
+    monkeypatch.setattr(train, "read_clips", lambda *args: read_clips(*args[:4]))
+    with pytest.raises(ProofError, match=r"no clip is beyond the context \(found: a clip of 2048 frames"):
+        prove_model(*base)
