@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from scipy.stats import binomtest
 
 from csm_nb.batches import TrainingError, batch_clips, read_clips
 from csm_nb.checkpoints import has_finite_weights, list_checkpoints, load_weights
-from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, transcribe
+from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, share_interval, transcribe
 from csm_nb.speak import speak
 from csm_nb.texts import VALIDATION_CLIPS, make_sentences
 from csm_nb.train import compute_loss, inner_model
@@ -161,7 +160,7 @@ def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: st
     said = speak(model, processor, texts, speaker_id, seed=seed)
     wavs = [s.wav for s in said]
     table = pd.DataFrame({
-        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs)).clip(max=1),
+        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs), language).clip(max=1),
         "right": [max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs)],
         "runaway": [not s.ended for s in said],
     })
@@ -174,12 +173,6 @@ def summarise_speech(judged: pd.DataFrame) -> dict:
     (cer_low, cer_high), (low, high) = bootstrap_interval(judged.CER), share_interval(judged.right.sum(), len(judged))
     figures = (judged.CER.mean(), cer_low, cer_high, judged.right.mean(), low, high, judged.runaway.mean(), judged.score.mean())
     return dict(zip(JUDGED, map(float, figures), strict=True))
-
-
-def share_interval(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share, `right` of `count` sentences (Wilson 1927): 16 of 16 is .81 to 1."""
-    interval = binomtest(int(right), int(count)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:

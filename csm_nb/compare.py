@@ -8,8 +8,8 @@ from matplotlib.ticker import PercentFormatter
 
 from csm_nb import params as settings
 from csm_nb.arms import FROZEN, FULL_LR, GRID, JUDGING, REFERENCE, STEPS, TRAINED, Work, name_rate, write_value
-from csm_nb.choose import share_interval
 from csm_nb.hub import describe_model
+from csm_nb.judge import share_interval
 from csm_nb.languages import get_language
 from csm_nb.params import resolve_path, show_path
 from csm_nb.plots import COLOURS, GREY, INK, make_figure, set_labels
