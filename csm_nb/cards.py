@@ -15,12 +15,13 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     `voice` is the speaker of the example; its text is a probe of the language that `table` says it reads, or is of.
     `tables` are the codebook table to tie in the base after loading, and the one to tie it to.
     """
-    base, place, commit = show_path(base_id) if base_id else "unknown", Path(place), describe_commit(ROOT)
+    base, place, commit = _shorten(base_id) if base_id else "unknown", Path(place), describe_commit(ROOT)
     table = table | {"csm-nb commit": f"{commit['commit'] or 'unknown'}{' and uncommitted changes' if commit['dirty'] else ''}"}
-    rows = "\n".join(f"| {key} | {show_path(value) if isinstance(value, Path) else value} |" for key, value in table.items())
+    rows = "\n".join(f"| {key} | {_shorten(value, 2) if _is_path(value) else value} |" for key, value in table.items())
     language = table.get("reads", table.get("language"))
     text = LANGUAGES[language if language in LANGUAGES else "en"].probes[0]
-    example = write_example(base if adapter else show_path(place), show_path(place) if adapter else "", text, voice, tables)
+    trained = _find("ADAPTER" if adapter else "MODEL", place)
+    example = write_example(_find("BASE", base_id) if adapter else trained, trained if adapter else "", text, voice, tables)
     (Path(folder) / "README.md").write_text(f"""---
 library_name: {"peft" if adapter else "transformers"}
 base_model: {base}
@@ -46,11 +47,11 @@ two equal codebook tables, and transformers 5.17 fills the other with random num
 
 
 def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[str, str]) -> str:
-    """Return Python that loads `base`, puts `adapter` on it (if any) and speaks; no folder of this machine is named in it."""
-    name = "BASE" if adapter else "MODEL"
-    load, peft, attach = f"{name.lower()} = {_find(name, base)}", "", ""
+    """Return Python that loads `base`, puts `adapter` on it (if any) and speaks; both are Python expressions for a folder."""
+    name = "base" if adapter else "folder"
+    load, peft, attach = f"{name} = {base}", "", ""
     if adapter:
-        load += f"\nadapter = {_find('ADAPTER', adapter)}"
+        load += f"\nadapter = {adapter}"
         peft, attach = "from peft import PeftModel\n", "\nmodel = PeftModel.from_pretrained(model, adapter)"
     missing, kept = (f"model.{table}" for table in tables)
     return f"""import os
@@ -63,10 +64,10 @@ import soundfile
 package = find_spec("csm_nb")
 root = Path(package.origin).parents[1] if package else Path()  # the folder of csm-nb
 {load}
-model = CsmForConditionalGeneration.from_pretrained({name.lower()}, dtype="float32")
+model = CsmForConditionalGeneration.from_pretrained({name}, dtype="float32")
 {missing} = \\
     {kept}{attach}
-processor = AutoProcessor.from_pretrained({name.lower()})
+processor = AutoProcessor.from_pretrained({name})
 text = {text!r}
 inputs = processor(f"<|begin_of_text|>[{voice}]{{text}}<|end_of_text|>", return_tensors="pt")
 codec = model.codec_model.config
@@ -77,10 +78,16 @@ print("speech.wav:", text)"""
 
 
 def _find(variable, place):
-    """Code for a place: below csm-nb's folder, a hub id, or by its name where the example runs; the variable overrules it."""
-    inside = not Path(place).is_absolute() and (place.startswith(("models/", "runs/")) or resolve_path(place).parent.is_dir())
-    return f'os.environ.get("{variable}", {"root / " if inside else ""}"{place if inside else _shorten(place)}")'
+    """Code for a folder: below csm-nb's, or as it stands (a hub id, a folder where the example runs); the variable overrules."""
+    inside = not Path(show_path(place)).is_absolute() and resolve_path(place).parent.is_dir()
+    return f'os.environ.get("{variable}", {"root / " if inside else ""}"{_shorten(place)}")'
 
 
-def _shorten(place):
-    return Path(place).name if Path(place).is_absolute() else place
+def _is_path(value):
+    return isinstance(value, Path) or isinstance(value, str) and value.startswith("/")
+
+
+def _shorten(place, parts=1):
+    """A folder below the project's root relative to it, of others the end only: no card tells where its maker keeps things."""
+    shown = Path(show_path(place))
+    return "/".join(shown.parts[-parts:]) if shown.is_absolute() else str(shown)

@@ -1,10 +1,8 @@
 """A base model that is loaded right, and adapters that go where they belong."""
 
 import importlib.machinery
-import json
 import re
 import shutil
-import subprocess
 import sys
 import types
 
@@ -35,6 +33,7 @@ from csm_nb.csm import (
     train_fully,
 )
 from csm_nb.params import ROOT
+from csm_nb.speak import speak
 
 MINI = ROOT / "models/csm-mini"
 
@@ -128,27 +127,59 @@ def test_a_backend_that_is_not_installed_says_what_to_install(gpu, monkeypatch):
         load_base("models/csm-mini", backend="unsloth")
 
 
-def test_unsloth_is_asked_for_the_same_model_and_its_codebook_table_is_the_stored_one(gpu, monkeypatch):
+class FastModel:
+    """Unsloth's, as far as it was read (2026.10.9): float32, with float16 for these names, whatever is asked for."""
+
     asked = {}
 
-    class FastModel:
-        @staticmethod
-        def from_pretrained(model_name, **options):
-            asked.update(options)
-            model = CsmForConditionalGeneration.from_pretrained(model_name, dtype=torch.bfloat16)
-            model.backbone_model.embed_tokens.embed_audio_tokens.weight = model.depth_decoder.model.embed_tokens.weight
-            return model, None  # tied as Unsloth ties them: here to the one that the checkpoint lacks
+    @classmethod
+    def from_pretrained(cls, model_name, **options):
+        cls.asked = options
+        model = CsmForConditionalGeneration.from_pretrained(model_name, dtype=torch.float32)
+        for name, module in model.named_modules():
+            if name.endswith(("_proj", "fc", "head")) or "codebook" in name:
+                module.half()
+        model.backbone_model.embed_tokens.embed_audio_tokens.weight = model.depth_decoder.model.embed_tokens.weight
+        return model, None  # tied as Unsloth ties them: here to the one that the checkpoint lacks
 
-    unsloth = types.ModuleType("unsloth")
-    unsloth.__spec__, unsloth.FastModel = importlib.machinery.ModuleSpec("unsloth", None), FastModel
-    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
-    model, processor = load_base("models/csm-mini", four_bit=True, backend="unsloth")
-    stored = load_file(MINI / "model.safetensors")[BACKBONE_TABLE].bfloat16()
-    assert torch.equal(model.depth_decoder.model.embed_tokens.weight, stored) and is_tied(model)
-    assert asked["auto_model"] is CsmForConditionalGeneration and asked["max_seq_length"] == 2048
-    assert asked["load_in_4bit"] and asked["quantization_config"].llm_int8_skip_modules == list(NOT_QUANTISED)
-    load_base("models/csm-mini", backend="unsloth", dtype=torch.float16)
-    assert not asked["load_in_4bit"] and asked["dtype"] == torch.float16
+
+@pytest.fixture
+def unsloth(gpu, monkeypatch):
+    module = types.ModuleType("unsloth")
+    module.__spec__, module.FastModel = importlib.machinery.ModuleSpec("unsloth", None), FastModel
+    monkeypatch.setitem(sys.modules, "unsloth", module)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_unsloth_s_model_is_the_stored_one_in_the_dtype_asked_for_and_speaks(unsloth, dtype):
+    model, processor = load_base("models/csm-mini", dtype=dtype, backend="unsloth")
+    assert not FastModel.asked["load_in_4bit"] and FastModel.asked["offload_embedding"] is False
+    assert FastModel.asked["auto_model"] is CsmForConditionalGeneration and FastModel.asked["max_seq_length"] == 2048
+    ours, _ = load_base("models/csm-mini", "cpu", dtype)
+    held, wanted = model.state_dict(), ours.state_dict()
+    assert is_tied(model) and held.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert held[name].dtype == value.dtype and torch.equal(held[name], value), name
+    (speech,) = speak(add_adapter(model, 4, 8, 0.0, text_embeddings=True), processor, ["Good morning."])
+    assert speech.ended
+
+
+def test_unsloth_in_4_bits_is_given_the_same_layers(unsloth):
+    load_base("models/csm-mini", four_bit=True, backend="unsloth")
+    assert FastModel.asked["load_in_4bit"] and FastModel.asked["quantization_config"].llm_int8_skip_modules == list(NOT_QUANTISED)
+
+
+def test_full_training_starts_from_the_checkpoint_s_own_digits_whatever_dtype_says(gpu, tmp_path):
+    model, processor = load_base("models/csm-mini", "cpu")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1e-5)  # bfloat16 has no digits for this
+    folder = save_base(model, processor, tmp_path / "base", dtype=None)
+    for dtype in ("auto", "bfloat16"):
+        loaded, _ = load_base(folder, "cuda", dtype, method="full")
+        assert torch.equal(start_training(loaded, "full").lm_head.weight, model.lm_head.weight)
+        rounded, _ = load_base(folder, "cuda", dtype)
+        with pytest.raises(BaseModelError, match="torch.bfloat16, which rounded.*method='full'"):
+            start_training(rounded, "full")
 
 
 def test_a_checkpoint_without_codebook_tables_is_refused():
@@ -186,41 +217,6 @@ def full(tmp_path_factory):
     folder.mkdir()
     (folder / "stale.safetensors").write_bytes(b"of an earlier one")
     return save_full(model, processor, folder, {"data": "noise", "licence": "CC0"}, str(MINI)), model
-
-
-def test_the_code_on_a_card_loads_what_was_saved_with_transformers_and_peft_alone(adapter, full, tmp_path):
-    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in (adapter, full[0])]
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    code = ["""
-import torch
-def say():
-    return model.generate(**inputs, max_new_tokens=12, do_sample=False, depth_decoder_do_sample=False).tolist()
-said = []"""]
-    for folder in folders:
-        card = (folder / "README.md").read_text().split("```python")[1].split("audio = ")[0]  # noise says codes that Mimi lacks
-        code.append(card + "said.append(say())")
-    code.append("model = model.from_pretrained('models/csm-mini')\nfrom csm_nb.csm import DEPTH_TABLE, tie_codebooks")
-    code.append("tie_codebooks(model, [DEPTH_TABLE])\nsaid.append(say())\nprint(len({str(each) for each in said}))")
-    result = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout.strip() == "3", result.stderr[-2000:]  # base, adapter and full model say three different things
-
-
-def test_a_card_says_what_was_trained_on_what_and_by_which_commit(adapter, full):
-    table = dict(line.strip("| ").split(" | ") for line in (adapter / "README.md").read_text().splitlines() if line[:2] == "| ")
-    assert table["data"] == "noise" and table["licence"] == "of the data: not stated" and table["rank"] == "4"
-    assert table["layers of depth_decoder"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert re.match("[0-9a-f]{40}|unknown", table["csm-nb commit"])
-    card = (full[0] / "README.md").read_text()
-    assert "| licence | CC0 |" in card and "rank" not in card and "library_name: transformers" in card
-
-
-def test_a_card_names_no_folder_of_this_machine(adapter, tmp_path):
-    model, _ = load_base("models/csm-mini", "cpu")
-    card = {"goes on from": ROOT / "runs/no/01_anchor/1/adapter"}
-    folder = save_adapter(load_adapter(model, adapter), tmp_path / "lora_no", card, str(MINI))
-    assert "| goes on from | runs/no/01_anchor/1/adapter |" in (folder / "README.md").read_text()
-    for file in ("README.md", "adapter_config.json"):
-        assert str(ROOT) not in (folder / file).read_text()
 
 
 def test_full_training_takes_everything_but_the_codec():
@@ -298,16 +294,6 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(adapter, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["lora_no"] and load_adapter(load_base(device="cpu")[0], folder)
 
 
-def test_a_loaded_adapter_is_the_one_that_was_saved(adapter):
-    model, _ = load_base("models/csm-mini", "cpu")
-    loaded = load_adapter(model, adapter)
-    stored = load_file(adapter / "adapter_model.safetensors")
-    held = {k.replace(".default", "").replace(".weight", ""): v for k, v in loaded.state_dict().items() if "lora_B" in k}
-    for name, value in stored.items():
-        if "lora_B" in name:
-            assert torch.equal(held[name.replace(".weight", "")], value)
-
-
 def test_going_on_from_an_adapter_trains_it_and_none_starts_fresh(adapter):
     model, _ = load_base("models/csm-mini", "cpu")
     resumed = start_training(model, "lora", adapter, 4, 8, 0.0)
@@ -335,21 +321,6 @@ def test_trained_parameters_are_counted_as_torch_counts_them():
     codec = sum(value.numel() for value in whole.codec_model.parameters())
     total = sum(value.numel() for value in whole.parameters())
     assert describe_adapter(whole)["share of all"] == pytest.approx(1 - codec / total, abs=1e-4)
-
-
-def test_a_folder_without_an_adapter_is_an_error_that_says_what_to_run(tmp_path):
-    model, _ = load_base("models/csm-mini", "cpu")
-    with pytest.raises(AdapterError, match="03_adapter"):
-        load_adapter(model, tmp_path)
-
-
-def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
-    other = shutil.copytree(adapter, tmp_path / "lora_sv")
-    shape = json.loads((other / "base.json").read_text())
-    (other / "base.json").write_text(json.dumps(shape | {"hidden_size": 2048}))
-    model, _ = load_base("models/csm-mini", "cpu")
-    with pytest.raises(AdapterError, match="trained on"):
-        load_adapter(model, other)
 
 
 def test_the_prompt_is_what_the_chat_template_makes():
