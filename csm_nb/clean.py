@@ -75,18 +75,12 @@ def read_lines(path) -> list[tuple[str, str]]:
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     if encoding in ("utf-8", "utf-8-sig"):  # line by line: one in another encoding leaves the others as they are
         data = data.removeprefix(codecs.BOM_UTF8)
-        parts = [_decode(part, path, number) for number, part in enumerate(data.split(b"\n"), 1)]
-        return [(line, fault) for text, fault in parts for line in _split(text)]
-    try:
-        return [(line, "") for line in _split(data.decode(encoding))]
+        return [_decode(line, path, number) for number, line in enumerate(re.split(rb"\r\n|\r|\n", data), 1)]
+    try:  # not by str.splitlines, which parts at U+0085 and U+2028 too: JSON may hold them
+        return [(line, "") for line in re.split(r"\r\n|\r|\n", data.decode(encoding))]
     except UnicodeDecodeError as error:
         raise EncodingError(f"{path}: begins as {encoding.upper()} and is broken at byte {error.start} ({error.reason}); "
                             "save it as UTF-8") from None
-
-
-def _split(text):
-    """Lines by line feeds and carriage returns alone: str.splitlines parts at U+0085 and U+2028 too, which JSON may hold."""
-    return re.split(r"\r\n|\r|\n", text.removesuffix("\r"))
 
 
 def _decode(line, path, number):

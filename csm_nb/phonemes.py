@@ -130,7 +130,7 @@ def to_ipa(texts: list[str], language: str, lexicon: dict[str, str] | None = Non
     """The texts with every word in IPA: by `lexicon` (see `read_lexicon`), by espeak-ng where it has no entry.
 
     Word for word, so nothing is linked or reduced across words (no French liaison); spaces and punctuation stay as
-    written, case does not count. espeak-ng marks stress with ˈ and ˌ before the vowel; it never writes stød or tonal
+    clean_text writes them, case does not count. espeak-ng marks stress with ˈ and ˌ before the vowel; it never writes stød or tonal
     accent, so the glottal stops in its Danish are taken out. All words unknown to the lexicon go to it in one call.
     Raises ValueError for an unknown language or a word that espeak-ng can not say, TypeError for a bare string.
     """

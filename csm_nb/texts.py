@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from csm_nb.clean import clean_text, read_text
 from csm_nb.languages import LANGUAGES, get_language
 
 SENTENCES_DIR = Path(__file__).parent / "sentences"
@@ -45,12 +46,13 @@ def split_of(sentence: str) -> str:
 def read_templates(language: str) -> tuple[str, dict[str, list[str]], list[str]]:
     """(letters, slots, templates) of csm_nb/sentences/<language>.yaml, checked: every slot named exists and is used."""
     path = SENTENCES_DIR / f"{get_language(language).code}.yaml"
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    slots = {name: [item.strip() for item in words.split(",")] for name, words in data["slots"].items()}
-    named = {name for template in data["templates"] for name in re.findall(r"{(\w+)}", template)}
+    data = yaml.safe_load(read_text(path))
+    slots = {name: [clean_text(item) for item in words.split(",")] for name, words in data["slots"].items()}
+    templates = [clean_text(template) for template in data["templates"]]
+    named = {name for template in templates for name in re.findall(r"{(\w+)}", template)}
     if named != set(slots):
         raise ValueError(f"{path}: slots {sorted(named ^ set(slots))} are either used and not defined or not used")
-    return data["letters"], slots, data["templates"]
+    return data["letters"], slots, templates
 
 
 def spell_alphabet(language: str) -> str:

@@ -22,6 +22,23 @@ def test_marks_in_a_table_are_read_by_file(tmp_path):
     assert marks.read_marks(path) == {"a": [[0.1, 0.4, True], [0.5, 0.8, False]], "b": [[0.0, 0.2, True]]}
 
 
+def test_marks_are_read_in_any_unicode_encoding_and_form(tmp_path):
+    path = tmp_path / "marks.tsv"
+    text = "audio\tstart\tend\tstod\npa\u030a.wav\t0.1\t0.4\t1\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(text, encoding=encoding)
+        found = marks.read_marks(path)
+        assert found == {"på": [[0.1, 0.4, True]]}
+    rows = [{"audio_path": f"x/{name}.wav", "text": ""} for name in ("på", "pa\u030a")]
+    assert len(marks.find_windows(rows, found)[0]) == 2
+    path.write_bytes("audio\tstart\tend\tstod\npå.wav\t0.1\t0.4\t1\n".encode("latin-1"))
+    with pytest.raises(marks.MarksError, match="marks.tsv, line 2: not UTF-8"):
+        marks.read_marks(path)
+    path.write_text("")
+    with pytest.raises(marks.MarksError, match="marks.tsv: .*marks are a TSV"):
+        marks.read_marks(path)
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("audio\tstart\tend\na.wav\t0\t1\n", "stod missing"),
     ("audio\tstart\tend\tstod\na.wav\tx\t1\t1\n", "line 2"),

@@ -1,16 +1,20 @@
 """The self-check passes on models that are right, and each check fails when its property is broken."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AttentionInterface, PreTrainedTokenizerFast
 from transformers.models.csm import modeling_csm
 
 from csm_nb import attention, train
 from csm_nb.batches import pack_row, read_clips
-from csm_nb.csm import add_adapter, load_base, train_fully
+from csm_nb.csm import add_adapter, encode_text, load_base, train_fully
 from csm_nb.languages import LANGUAGES
-from csm_nb.prove import WAYS_OUT, ProofError, prove_model
+from csm_nb.prove import WAYS_OUT, ProofError, list_unknown, prove_model
+from csm_nb.texts import spell_alphabet
 
 TEXTS = ["Jeg så på øya.", "Vær så snill!"]
 
@@ -39,8 +43,8 @@ def test_a_model_that_is_right_passes_and_is_left_as_it_was(base, prepare):
 
 def test_probes_of_every_language_survive_the_tokenizer(base):
     for language in LANGUAGES.values():
-        found = prove_model(*base, language.probes).found["text survives the tokenizer"]
-        assert found == f"{len(language.probes)} of {len(language.probes)}"
+        texts = (*language.probes, spell_alphabet(language.code))
+        assert prove_model(*base, texts).found["text survives the tokenizer"] == f"{len(texts)} of {len(texts)}"
 
 
 def test_tables_that_are_two_are_refused_with_what_to_do(base):
@@ -129,3 +133,52 @@ def test_a_clip_beyond_the_context_that_is_not_set_aside_is_refused(base, monkey
     monkeypatch.setattr(train, "read_clips", lambda *args: read_clips(*args[:4]))
     with pytest.raises(ProofError, match=r"no clip is beyond the context \(found: a clip of 2048 frames"):
         prove_model(*base)
+
+
+def test_unknown_characters_of_the_corpus_are_counted_and_stop_nothing_until_every_text_loses_some(base):
+    found = prove_model(*base, TEXTS, ["Det koster 5 €.", "Hej “du” – på…", "Nå."]).found["text survives the tokenizer"]
+    assert found == "2 of 2; of the corpus 2 of 3"
+    with pytest.raises(ProofError, match=r"text survives the tokenizer \(found: every text of the corpus loses.*'Привет'"):
+        prove_model(*base, TEXTS, ["Привет", "5 €"])
+
+
+def test_what_the_tokenizer_lacks_is_listed_with_counts_and_an_example(base):
+    table = list_unknown(base[1], ["Hej “du” – pa\u030a…", "5 € og 3 €", "2 € i Łódź, ж", "slut\ufffd"])
+    assert table[["character", "code point", "name", "count", "texts"]].values.tolist() == [
+        ["€", "U+20AC", "EURO SIGN", 3, 2], ["ж", "U+0436", "CYRILLIC SMALL LETTER ZHE", 1, 1],
+        ["\ufffd", "U+FFFD", "REPLACEMENT CHARACTER", 1, 1]]
+    assert table.example.tolist() == ["5 € og 3 €", "2 € i Łódź, ж", "slut\ufffd"]
+    assert [said.split()[0] for said in table["what to do"]] == ["write", "a", "the"]
+    assert list_unknown(base[1], ["Hej."]).empty and list_unknown(base[1], []).empty
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    """A tokenizer of Llama's kind: byte-level BPE without an unknown token, its control tokens added."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    control = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"]
+    tokenizer.train_from_iterator(["hej med dig på øen"] * 9, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=control, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=control[0], eos_token=control[1],
+                                   extra_special_tokens=control[2:])
+
+
+def test_a_tokenizer_of_bytes_loses_nothing_but_what_was_broken_before(bytes_tokenizer):
+    table = list_unknown(SimpleNamespace(tokenizer=bytes_tokenizer), ["5 € ж 😀 på", "slut\ufffd", "x\x07"])
+    assert sorted(table["code point"]) == ["U+0007", "U+FFFD"]
+
+
+def test_a_tokenizer_of_bytes_reads_a_prompt_as_a_whole_and_typed_control_tokens_as_letters(bytes_tokenizer):
+    processor = SimpleNamespace(tokenizer=bytes_tokenizer)
+    whole = bytes_tokenizer("<|begin_of_text|>[0]Hej, på øen €.<|end_of_text|>", add_special_tokens=False).input_ids
+    assert encode_text(processor, "Hej, på øen €.", "0") == whole
+    ids = encode_text(processor, "a<|end_of_text|><|reserved_special_token_0|>b", "0")
+    assert not set(ids[1:-1]) & set(bytes_tokenizer.all_special_ids)
+
+
+def test_characters_that_a_tokenizer_drops_without_a_word_are_listed_too():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator(["hej"] * 3, trainers.BpeTrainer(vocab_size=20))
+    dropping = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert list_unknown(dropping, ["hejå"]).character.tolist() == ["å"]
