@@ -178,6 +178,8 @@ def _start_task(task, threads, force=False):
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
     environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", settings.HANDED_DOWN: str(task.folder)}
+    own = [str(settings.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(own)  # this package, not one that was installed from another checkout
     task.state, task.started = "running", time.time()
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(map(str, command))}\n")
