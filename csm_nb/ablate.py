@@ -21,7 +21,8 @@ from csm_nb.compare import format_table, write_report
 from csm_nb.hub import ModelError
 from csm_nb.languages import get_language
 from csm_nb.params import ParameterError, resolve_path, show_path
-from csm_nb.provenance import count_cores, read_json
+from csm_nb.processes import count_cores, end_processes, identify_process, is_running
+from csm_nb.provenance import read_json, write_json
 
 
 def run_works(works: list[Work], profile: str, jobs: int) -> None:
@@ -60,12 +61,17 @@ def _start_call(work, profile, threads):
     command += ["--stages", *stages, "--set", *values]
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
     work.log.parent.mkdir(parents=True, exist_ok=True)
+    call = work.log.with_suffix(".json")
+    left = read_json(call)
+    if left and not is_running(left["ablation"]):  # it was killed, and what it had started was not
+        end_processes([left["call"]])
     with open(work.log, "a", encoding="utf-8") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n")
         log.flush()
         work.process = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches this process only
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    write_json(call, {"ablation": identify_process(), "call": identify_process(work.process.pid)})
 
 
 def _end_call(work, profile, threads):

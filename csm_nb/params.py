@@ -327,6 +327,12 @@ def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
         if key == "codebook_weights" and given and (len(given) != (count or len(given)) or not any(given)):
             refuse(key, f"{params[model]} has {count} codebooks; allowed are as many weights, not all 0, or none at all: []")
     _check_sentences(params, refuse)
+    for key in ("runs_dir", "adapters_dir"):
+        place = resolve_path(params.get(key, "."))
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            fault = "not to be written to" if there.is_dir() else "no folder"
+            refuse(key, f"{there} is {fault}; allowed is a folder, or one that can be made")
 
 
 def _count_devices(device, needed, refuse):

@@ -21,7 +21,7 @@ from huggingface_hub import is_offline_mode
 
 from csm_nb import hub
 from csm_nb import params as settings
-from csm_nb.params import RECORDINGS, STAGES, ParameterError, resolve_path, show_path
+from csm_nb.params import FILES, RECORDINGS, STAGES, ParameterError, resolve_path, show_path
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
 from csm_nb.report import build_index, export_html
@@ -64,7 +64,7 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
         for stage in stages:
             checked = settings.check_params(stage, values | {"language": language}, origins)
             settings.check_inputs(stage, checked, origins)
-            _check_recordings(checked, origins)
+            _check_files(checked, origins)
             tasks[language, stage] = Task(language, stage, checked)
     for (language, stage), task in tasks.items():
         source = task.params.get("init_adapter")
@@ -88,23 +88,34 @@ def _check_used(overrides, stages):
                                  f"stages ({', '.join(stages)}) has it; leave it out, or choose a stage that does")
 
 
-def _check_recordings(params, origins):
-    """Refuse recordings without a clip of the language, before anything starts; a single bad clip is set aside later."""
-    for key in RECORDINGS:
+def _check_files(params, origins):
+    """Refuse recordings without a clip of the language, marks and lexica that can not be read, before anything starts.
+
+    A single bad clip is set aside later.
+    """
+    for key in (*RECORDINGS, *FILES):
         if not params.get(key):
             continue
-        from csm_nb.corpora import CorpusError, load_corpus  # imports torch, which takes seconds
-
-        found = f"{origins.get(key, 'default')}: {key} is {params[key]!r}"
+        found, path = f"{origins.get(key, 'default')}: {key} is {params[key]!r}", resolve_path(params[key])
         try:
-            rows = load_corpus(resolve_path(params[key]), params["language"])
-        except (CorpusError, OSError, UnicodeDecodeError) as error:
+            rows = _read_file(key, path, params["language"])
+        except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
+        if key in FILES:
+            continue
         if not any(os.path.isfile(row["audio_path"]) for row in rows):
             raise ParameterError(f"{found}: none of its {len(rows)} files is there, such as {rows[0]['audio_path']}")
         if key == "corpus" and not any(str(row["text"] or "").strip() for row in rows):
             raise ParameterError(f"{found}: none of its {len(rows)} clips has a text: a manifest's `text`, or a .txt beside each "
                                  "clip of a folder")
+
+
+def _read_file(key, path, language):
+    from csm_nb import corpora, marks, phonemes  # imports torch, which takes seconds
+
+    if key in RECORDINGS:
+        return corpora.load_corpus(path, language)
+    return marks.read_marks(path) if key == "marks" else phonemes.read_lexicon(path)
 
 
 def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
@@ -161,6 +172,8 @@ def _start_task(task, threads, force=False):
         task.state, task.note = "done", "skipped: done before"
         task.verdict, task.seconds = _read_result(task.folder)
         print(f"{_clock()}  {task} {task.note}{_restore_adapter(task)}", flush=True)
+        if not (task.folder / "notebook.html").is_file():  # it was done when the call before was killed
+            _export_page(task)
         return
     for folder in (base, *base.parent.glob(f"{base.name}.*")):
         if ended := end_processes(settings.find_orphans(folder)):
@@ -181,6 +194,8 @@ def _start_task(task, threads, force=False):
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
     environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", settings.HANDED_DOWN: str(task.folder)}
+    own = [str(settings.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(own)  # this package, not one that was installed from another checkout
     task.state, task.started = "running", time.time()
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(map(str, command))}\n")
@@ -194,7 +209,7 @@ def _start_task(task, threads, force=False):
 
 
 def _end_task(task):
-    marker, notebook = task.folder / "done.json", task.folder / "notebook.ipynb"
+    marker = task.folder / "done.json"
     task.seconds = time.time() - task.started
     _end_kernel(task.folder)
     if task.process.returncode == 0 and marker.is_file():
@@ -205,8 +220,14 @@ def _end_task(task):
         marker.unlink(missing_ok=True)  # a kernel that died after its last cell: not to be trusted
         reason, lines = _find_error(task)
         _record_failure(task, "failed", reason)
+        notebook = task.folder / "notebook.ipynb"
         task.state, task.note = "failed", show_path(notebook if notebook.is_file() else task.folder / "log.txt")
         print(f"{_clock()}  {task} failed after {task.seconds:.0f} s: {task.note}", *lines, sep="\n    ", flush=True)
+    _export_page(task)
+
+
+def _export_page(task):
+    notebook = task.folder / "notebook.ipynb"
     if notebook.is_file():
         try:
             export_html(notebook)

@@ -15,8 +15,11 @@ from csm_nb import ablate, arms
 from csm_nb import params as settings
 from csm_nb.arms import ADAPTER, ANCHOR, JUDGING, REFERENCE, STEPS, SYNTHETIC
 from csm_nb.compare import compare_arms, pick_rates, two_way_interval
+from csm_nb.processes import identify_process
 from csm_nb.provenance import read_json, write_json
+from csm_nb.run import read_overrides
 
+POPEN = subprocess.Popen
 ARMS = ["LoRA", "LoRA + text", "LoRA + text, lr x0.5", "LoRA + text, lr x2", "full", "full, lr x0.5", "full, lr x2",
         "without anchor", "without synthetic", "data 1/8", "data 1/4", "data 1/2"]
 SIZES = {"anchor_steps": 60, "synthetic_steps": 750, "adapter_steps": 100, "lr": 3.0e-3, "adapter_lr": 1.0e-3,
@@ -72,6 +75,7 @@ class Pretended:
     """Stands for csm_nb.run as a process: its stages are done when it is started, or it fails."""
 
     calls, made, environments, failing = [], [], [], set()
+    pid = 2**30  # of no process
 
     def __init__(self, command, env, **options):
         options, overrides = read_command(command)
@@ -191,10 +195,12 @@ def test_calls_say_what_the_arms_say(runner, tmp_path):
               for arm in RATES}
     usual = ["01 02 03", "04"]
     assert stages == dict.fromkeys(RATES, usual) | {"without_anchor": ["02", "03", "04"], "without_synthetic": ["01 03", "04"]}
-    for arm, _, overrides in pretended.calls:
-        place = tmp_path / "ablate" / arm / "seed-3"
-        assert overrides["runs_dir"] == str(place) and overrides["adapters_dir"] == str(place / "models")
-        assert (overrides["seed"], overrides["sentences"], overrides["compare"]) == (3, arms.SENTENCES, ["no"])
+    for arm, names, overrides in pretended.calls:
+        place, known = tmp_path / "ablate" / arm / "seed-3", {key for stage in names for key in settings.read_cell(stage)}
+        wanted = {"runs_dir": str(place), "adapters_dir": str(place / "models"), "seed": 3, "sentences": arms.SENTENCES,
+                  "compare": ["no"]}
+        assert {key: overrides.get(key) for key in wanted} == {key: wanted[key] if key in known else None for key in wanted}
+        assert not set(overrides) - known  # csm_nb.run refuses what none of its stages has
         assert type(overrides.get("lr", 0.1)) is float  # as YAML reads it again, also 2.0e-05
     folder, = (tmp_path / "ablate" / "without_anchor" / "seed-3" / "no" / SYNTHETIC).iterdir()
     later = [overrides for arm, names, overrides in pretended.calls if arm == "without_anchor" and names == [ADAPTER]]
@@ -350,7 +356,8 @@ def test_a_second_call_runs_nothing_anew_and_reports_its_own_runs(runner, tmp_pa
     (["--set", "clipz=3"], "unknown parameter 'clipz'"),
     (["--set", "adapter_steps=many"], "adapter_steps is 'many'"),
     (["--set", "base_model=models/none"], "models/none"),
-    (["--langs", "xx"], "params/xx.yaml: no such file"),
+    (["--langs", "xx"], "no language 'xx' is taught here"),
+    (["--set", "audio=clips"], "audio is 'clips', a parameter of 00_mimi_sanity, and none of the chosen stages"),
 ])  # fmt: skip
 def test_bad_parameters_stop_everything_before_it_starts(runner, capsys, arguments, message):
     assert ablate.main(arguments) == 2
@@ -359,14 +366,25 @@ def test_bad_parameters_stop_everything_before_it_starts(runner, capsys, argumen
 
 def test_values_come_back_from_the_command_line_as_they_were():
     for value in (2.0e-5, 0.0006, 3, True, "", "no", ["no", "sv"], "a path/with: signs", "x" * 200):
-        assert yaml.safe_load(arms.write_value(value)) == value
+        assert read_overrides([f"key={arms.write_value(value)}", "seed=1"]) == {"key": value, "seed": 1}
+
+
+def test_a_call_that_a_killed_ablation_left_is_ended_before_its_arm_goes_on(runner, tmp_path):
+    left = POPEN([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    call = tmp_path / "ablate" / "lora" / "no.json"
+    call.parent.mkdir(parents=True)
+    write_json(call, {"ablation": identify_process(), "call": identify_process(left.pid)})  # at work: another ablation's
+    assert ablate.main(runner[1]) == 0 and left.poll() is None
+    write_json(call, {"ablation": [2**30, 0.0], "call": identify_process(left.pid)})
+    assert ablate.main(runner[1]) == 0
+    assert left.wait(60) == -signal.SIGTERM
 
 
 def test_an_interrupt_ends_the_calls_that_run(monkeypatch, tmp_path):
-    started, real = [], subprocess.Popen
+    started = []
 
     def start(command, **options):
-        started.append(real([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True))
+        started.append(POPEN([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True))
         return started[-1]
 
     def interrupt(seconds):

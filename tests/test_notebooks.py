@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 from test_report import LOADS
 
-from csm_nb import choose, csm, tokens, train
+from csm_nb import choose, corpora, csm, synth, texts, tokens, train
 from csm_nb import run as headless
 from csm_nb.params import NOTEBOOKS, STAGES, read_cell
 from csm_nb.provenance import read_json
@@ -103,6 +103,36 @@ def test_figures_of_a_training_are_of_the_weights_that_it_saved(stage, places):
     card = (done.parent / "adapter" / "README.md").read_text()
     assert all(f"| {name} | {metrics[name]} |" in card for name in ("verdict", "last_loss", "steps", "chosen_because"))
     assert stage == STAGES[1] or f"| cer | {metrics['cer']} |" in card
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Return the manifest of a small corpus of three speakers whose names CSM has never heard of."""
+    prompts, _ = texts.draw_prompts("sv", 10)
+    manifest = synth.make_corpus(prompts, "sv", tmp_path_factory.mktemp("corpus"))
+    rows = corpora.read_manifest(manifest)
+    names = ("p0042", "Åse Lind", "spk-7")
+    return str(corpora.write_manifest([row | {"speaker_id": names[i % 3]} for i, row in enumerate(rows)], manifest))
+
+
+CODEC_BACKEND = next(name for name in read_cell(STAGES[0]) if name.endswith("backend"))
+FRESH = {"init_adapter": "", "keep_checkpoints": 1}
+
+
+@pytest.mark.parametrize(("language", "stages", "values"), [
+    ("nl", ["04_confusion"], {}),  # compared with English, the base's own language; nothing is trained
+    ("pl", ["03_adapter", "04_confusion"], FRESH | {"method": "full"}),
+    ("da", ["00_mimi_sanity"], {CODEC_BACKEND: "moshi"}),
+    ("no", ["02_synthetic"], FRESH | {"dtype": "bfloat16"}),  # what a GPU trains in, with a text table as in the profile
+    ("sv", ["03_adapter"], FRESH | {"corpus": "foreign"}),
+], ids=["nl", "pl full", "moshi", "bfloat16", "foreign speakers"])  # fmt: skip
+def test_a_path_beside_the_default_runs_to_its_end(language, stages, values, tmp_path, foreign, capsys):
+    values = values | {"runs_dir": str(tmp_path / "runs"), "adapters_dir": str(tmp_path / "models")}
+    known = {name for stage in stages for name in read_cell(stage)}
+    settings = [f"{key}={foreign if value == 'foreign' else value}" for key, value in values.items() if key in known]
+    code = headless.main(["--langs", language, "--profile", "test", "--stages", *stages, "--set", *settings])
+    assert code == 0, "".join(capsys.readouterr())
+    assert [read_json(done)["verdict"] != "" for done in (tmp_path / "runs").glob("*/*/*/done.json")] == [True] * len(stages)
 
 
 def test_plain_papermill_runs_a_notebook_too(places, tmp_path):

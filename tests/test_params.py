@@ -141,6 +141,7 @@ def test_every_number_of_every_notebook_has_its_range_stated():
     ("04_confusion", {"compare": ["da", "es"], "sentences": 1600}, "the templates of Spanish hold .* held-out"),
     ("05_phonemes", {"sentences": 4000}, "sentences is 4000: the templates of Danish"),
     ("01_anchor", {"device": "cuda"}, "device is 'cuda': there is no CUDA device; allowed are auto and cpu$"),
+    ("01_anchor", {"runs_dir": "README.md/runs"}, "README.md is no folder; allowed is a folder, or one that can be made"),
     ("01_anchor", {"device": "mps"}, "device is 'mps': there is no such device; allowed are auto and cpu$"),
 ])  # fmt: skip
 def test_what_is_not_here_is_refused_before_anything_starts(monkeypatch, stage, values, message):

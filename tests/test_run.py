@@ -337,6 +337,15 @@ def test_what_is_no_value_is_refused_with_the_word_and_no_traceback(words, messa
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_marks_and_lexicon_are_read_before_anything_starts(tmp_path):
+    (tmp_path / "marks.tsv").write_text("audio\tstart\na\t1\n")
+    (tmp_path / "lexicon.csv").write_text("word,sound\na,b\n")
+    for stage, key, name, message in ((STAGES[0], "marks", "marks.tsv", "found the columns audio, start; end, stod missing"),
+                                      (STAGES[5], "lexicon", "lexicon.csv", "a NB Uttale CSV has")):
+        with pytest.raises(ParameterError, match=f"command line: {key} is .*{message}"):
+            headless.plan_tasks(["da"], [stage], "test", {key: str(tmp_path / name)})
+
+
 @pytest.mark.parametrize(("stage", "meant"), [("00", "00_mimi_sanity"), ("03_adaptor", "03_adapter"), ("confusion", STAGES[4])])
 def test_an_unknown_stage_is_refused_with_the_nearest(stage, meant, capsys):
     with pytest.raises(SystemExit, match="2"):
