@@ -65,8 +65,8 @@ def test_a_text_with_nothing_to_say_is_refused_before_anything_is_spoken(base, n
 
 def test_a_text_that_does_not_fit_the_context_is_refused_with_the_limit(base, monkeypatch):
     model, _ = base
-    most = 424  # letters of this model: a position each, 5 around them, and 25 frames for each .15 s and 1 s more
-    with pytest.raises(SpeechError, match=r"takes up to 2048 positions|up to 2049 positions \(430 of text, 1618 frames: 65 s\)"):
+    most = 425  # letters of this model: a position each, 5 around them, and 25 frames for each .15 s and 1 s more
+    with pytest.raises(SpeechError, match=r"up to 2053 positions \(431 of text, 1622 frames: 65 s\)"):
         speak(*base, ["a" * (most + 1)])
     with pytest.raises(SpeechError, match="the model has 2048: split it at its sentences"):
         speak(*base, ["1" * 50])  # by what will be said
