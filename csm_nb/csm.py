@@ -4,10 +4,18 @@ import contextlib
 import importlib.util
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -179,13 +187,18 @@ def load_adapter(model, folder, trainable: bool = False, name: str = "default") 
     _check_base(model, folder)
     if worn is not None and name in worn.peft_config:
         raise AdapterError(f"an adapter of the name {name!r} is on the model already; give another name")
-    try:
+    try:  # step by step, as peft's own from_pretrained passes over keys that match nothing
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = not trainable
+        trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
         if worn is None:
-            worn = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+            worn = get_peft_model(model, config, name)
         else:
-            worn.load_adapter(folder, name, is_trainable=trainable)
-        worn.set_adapter(name, inference_mode=not trainable)
+            worn.add_adapter(name, config)
+        config.base_model_name_or_path = trained_on
         _check_keys(worn, folder, name, weights)
+        set_peft_model_state_dict(worn, weights, name)
+        worn.set_adapter(name, inference_mode=not trainable)
         _check_effect(worn, folder)
     except Exception as error:
         _take_off(model, worn, name)
@@ -223,7 +236,9 @@ def _take_off(model, worn, name):
     if not isinstance(model, PeftModel):
         _put_back(model)
     elif name in model.peft_config:
-        model.delete_adapter(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that another one is active then, which is what is wanted
+            model.delete_adapter(name)
 
 
 def _read_adapter(folder):

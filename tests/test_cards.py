@@ -1,5 +1,6 @@
 """The card of an adapter or model says what it is, and its example speaks as it stands."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from csm_nb import params
 from csm_nb.cards import write_example
@@ -24,8 +26,20 @@ from csm_nb.csm import (
     train_fully,
 )
 from csm_nb.params import ROOT
-from csm_nb.speakers import count_speakers, number_speakers
+from csm_nb.speakers import count_speakers, number_speakers, set_speakers
 
+RUN = """
+import json, os, sys
+from pathlib import Path
+for number, (place, example, variables) in enumerate(json.loads(sys.argv[1])):
+    os.chdir(place)
+    os.environ.update(variables)
+    names = {}
+    exec(example, names)
+    Path("speech.wav").rename(f"{sys.argv[2]}/{number}.wav")
+    greedy = names["model"].generate(**names["inputs"], max_new_tokens=12, do_sample=False, depth_decoder_do_sample=False)
+    Path(f"{sys.argv[2]}/{number}.txt").write_text(str(greedy.tolist()))
+"""  # one process for all of them: importing takes longer than speaking
 SPEAKER = {"number": 7, "corpus": "anna/manifest.jsonl", "content": "c0ffee", "speaker": "Anna", "own": True}
 
 
@@ -71,14 +85,9 @@ def test_the_example_on_a_card_speaks_as_it_stands_from_the_project_s_root_and_f
     work = [(project, project / "models/lora_no", {}), (project / "elsewhere", project / "models/lora_no", {}),
             (project / "elsewhere", project / "models/full_no", {}), (moved.parent, moved, {}),
             (project / "elsewhere", moved, {"BASE": str(project / "models/csm-mini"), "ADAPTER": str(moved)})]
-    code = ["import os, pathlib, soundfile"]
-    for number, (place, folder, variables) in enumerate(work):
-        code += [f"os.chdir({str(place)!r})", f"os.environ.update({variables})", f"names = {{}}\nexec({read_example(folder)!r}, names)"]
-        code += [f"pathlib.Path('speech.wav').rename({str(project / f'{number}.wav')!r})"]
-        code += ["greedy = names['model'].generate(**names['inputs'], max_new_tokens=12, do_sample=False, depth_decoder_do_sample=False)",
-                 f"pathlib.Path({str(project / f'{number}.txt')!r}).write_text(str(greedy.tolist()))"]
+    tasks = json.dumps([(str(place), read_example(folder), variables) for place, folder, variables in work])
     environment = os.environ | {"PYTHONPATH": str(project)}
-    result = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, env=environment)
+    result = subprocess.run([sys.executable, "-c", RUN, tasks, project], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("speech.wav: Jeg vet ikke hva det er.") == 3 and result.stdout.count("Jag vet inte") == 2
     for number in range(len(work)):
@@ -127,8 +136,6 @@ def test_an_example_ties_the_table_that_the_base_lacks_to_the_one_that_it_holds(
 
 
 def test_a_base_that_keeps_the_depth_decoder_s_table_is_tied_the_other_way_round(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(ROOT / "models/csm-mini", tmp_path / "base")
     state = load_file(tmp_path / "base/model.safetensors")
     state[DEPTH_TABLE] = state.pop(BACKBONE_TABLE)
@@ -144,7 +151,6 @@ def test_many_speakers_are_counted_and_not_all_listed(tmp_path):
     voices = count_speakers(voices, [row | {"duration": 3.0} for row in rows])
     model, _ = load_base("models/csm-mini", "cpu")
     model = add_adapter(model, 4, 8, 0.0)
-    from csm_nb.speakers import set_speakers
     set_speakers(model, voices)
     card = (save_adapter(model, tmp_path / "lora_no") / "README.md").read_text()
     assert "6 (1 clips, 0.00 h), 7 (1 clips" in card and "and 30 more" in card
