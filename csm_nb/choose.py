@@ -94,9 +94,10 @@ def choose_checkpoint(model, processor, out_dir, rows, recipe, texts=(), languag
     judged by four seeds, the lowest score alone took the worst checkpoint five times in 24 (CER .281), this rule never
     (.266). With `choice` "last" the newest one is taken, for comparing trainings instead of checkpoints.
 
-    Columns: step, held-out loss, where judges were asked what summarise_speech returns and the score gained on the lowest
-    loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can not be read or holds
-    weights that are no numbers is left out, and printed. Raises TrainingError when none is left, and for too few texts.
+    Columns: step, held-out loss, where judges were asked what summarise_speech returns and by how much the score is better
+    than that of the lowest loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can
+    not be read or holds weights that are no numbers is left out, and printed. Raises TrainingError when none is left, and
+    for too few texts.
     """
     if choice not in CHOICES:
         raise TrainingError(f"choice is {choice!r}; allowed are {' and '.join(CHOICES)}")
@@ -183,7 +184,7 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
-    """Add to a table of step and held-out loss the columns chosen, by loss, why, and with scores what each gained.
+    """Add to a table of step and held-out loss the columns chosen, by loss, why, and with scores by how much each is better.
 
     `scores` has one array per row, the same texts in each (judge_model). Lowest loss first, of equals the later step. It
     is replaced by one whose score is lower in the whole 95 % interval over texts; of several, by the lowest score.
@@ -194,17 +195,18 @@ def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
     if len(scores):
         gains = [scores[best] - own for own in scores]
         intervals = [bootstrap_interval(gain) for gain in gains]
-        table = table.assign(**{"gain": [gain.mean() for gain in gains], "gain low": [low for low, _ in intervals],
-                                "gain high": [high for _, high in intervals]})
-        why = pd.Series([f"{row.gain:+.3f} ({low:+.3f} to {high:+.3f}) in score against step {table.step[best]} over {len(gain)} "
-                         "texts" for row, (low, high), gain in zip(table.itertuples(), intervals, gains, strict=True)])
-        better = table[table["gain low"] > 0]
-        why[better.index] = "better beyond the interval: " + why[better.index]
+        table = table.assign(**{"better by": [gain.mean() for gain in gains], "better low": [low for low, _ in intervals],
+                                "better high": [high for _, high in intervals]})
+        why = pd.Series([f"its score is better by {gain.mean():.3f} ({low:.3f} to {high:.3f}) than that of step "
+                         f"{table.step[best]}, over {len(gain)} texts"
+                         for (low, high), gain in zip(intervals, gains, strict=True)], index=table.index)
+        better = table[table["better low"] > 0]
+        why[better.index] = "beyond the interval " + why[better.index]
         rest = table.index.difference([*better.index, best])
-        why[rest] = "a higher loss, and not better beyond the interval: " + why[rest]
+        why[rest] = "a higher loss, and within the interval " + why[rest]
         why[best] = "the lowest held-out loss" + ("" if len(better) else "; no other is better beyond the interval")
         if len(better):
-            chosen = better.sort_values(["gain", "held-out loss"], ascending=[False, True]).index[0]
+            chosen = better.sort_values(["better by", "held-out loss"], ascending=[False, True]).index[0]
     return table.assign(**{"chosen": table.index == chosen, "by loss": table.index == best, "why": why})
 
 
