@@ -57,7 +57,7 @@ def compare_losses(before, after) -> dict:
     if before.shape != after.shape:
         raise ValueError(f"{len(before)} clips before and {len(after)} after; measure both on the same held-out clips")
     falls = before - after
-    low, high = bootstrap_interval(falls)
+    low, high = bootstrap_interval(falls) if np.isfinite(falls).all() else (np.nan, np.nan)  # which is never learned
     first, last, fall, count = before.mean(), after.mean(), falls.mean(), len(falls)
     words = f"the loss on {count} held-out clips went from {first:.2f} to {last:.2f} nats"
     if count < FEWEST_CLIPS:
