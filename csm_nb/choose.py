@@ -18,6 +18,7 @@ from csm_nb.train import VALIDATION_CLIPS, compute_loss, inner_model
 CHOICES = ("best", "last")
 TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
 FEWEST_CLIPS = 8  # held-out clips; a bootstrap over fewer is too narrow to be believed
+MOST_CLIPS = 10_000  # a fall that more would have to show is not decided by more
 LEAST_FALL = 0.01  # nats; a fall that two decimals do not show is none, however sure
 JUDGED = ("CER", "CER low", "CER high", "heard right", "low", "high", "runaways", "score")
 
@@ -68,8 +69,9 @@ def compare_losses(before, after) -> dict:
         because = f"{words}, a fall of {fall:.2f} (95 % interval {low:.2f} to {high:.2f})"
         if verdict == "no gain":
             because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
-            if fall > LEAST_FALL:  # an interval is as wide as 1 / the root of the clips
-                because += f", which about {math.ceil(count * ((fall - low) / (fall - LEAST_FALL)) ** 2)} clips would show"
+            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2  # an interval is as wide as 1 / the root of the clips
+            if fall > LEAST_FALL and needed <= MOST_CLIPS:
+                because += f", which about {math.ceil(needed)} clips would show"
     figures = {"first_loss": first, "last_loss": last, "loss_fall": fall, "loss_fall_low": low, "loss_fall_high": high}
     figures = {name: round(float(value), 4) for name, value in figures.items()}
     return {"verdict": verdict, "because": because} | figures | {"held_out_clips": count}
