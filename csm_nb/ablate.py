@@ -17,7 +17,7 @@ from transformers.utils import logging
 from csm_nb import params as settings
 from csm_nb import run as headless
 from csm_nb.arms import Work, plan_works, write_value
-from csm_nb.compare import format_table, write_report
+from csm_nb.compare import describe_rates, format_table, write_report
 from csm_nb.hub import ModelError
 from csm_nb.languages import get_language
 from csm_nb.params import ParameterError, resolve_path, show_path
@@ -152,6 +152,7 @@ def main(arguments=None) -> int:
     for language in dict.fromkeys(options.langs):
         table, paths = write_report([work for work in works if work.language == language], command)
         print(f"\n{get_language(language).name}: 95 % intervals over seeds and sentences\n\n{format_table(table)}\n")
+        print(describe_rates(table))
         print(*map(show_path, paths), sep="\n")
     return 0 if all(work.state == "done" for work in works) else 1
 

@@ -17,6 +17,7 @@ from csm_nb.train import compute_loss, inner_model
 CHOICES = ("best", "last")
 TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
 FEWEST_CLIPS = 8  # held-out clips; a bootstrap over fewer is too narrow to be believed
+MOST_CLIPS = 10_000  # a fall that more would have to show is not decided by more
 LEAST_FALL = 0.01  # nats; a fall that two decimals do not show is none, however sure
 JUDGED = ("CER", "CER low", "CER high", "heard right", "low", "high", "runaways", "score")
 
@@ -56,7 +57,7 @@ def compare_losses(before, after) -> dict:
     if before.shape != after.shape:
         raise ValueError(f"{len(before)} clips before and {len(after)} after; measure both on the same held-out clips")
     falls = before - after
-    low, high = bootstrap_interval(falls)
+    low, high = bootstrap_interval(falls) if np.isfinite(falls).all() else (np.nan, np.nan)  # which is never learned
     first, last, fall, count = before.mean(), after.mean(), falls.mean(), len(falls)
     words = f"the loss on {count} held-out clips went from {first:.2f} to {last:.2f} nats"
     if count < FEWEST_CLIPS:
@@ -67,8 +68,9 @@ def compare_losses(before, after) -> dict:
         because = f"{words}, a fall of {fall:.2f} (95 % interval {low:.2f} to {high:.2f})"
         if verdict == "no gain":
             because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
-            if fall > LEAST_FALL:  # an interval is as wide as 1 / the root of the clips
-                because += f", which about {math.ceil(count * ((fall - low) / (fall - LEAST_FALL)) ** 2)} clips would show"
+            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2  # an interval is as wide as 1 / the root of the clips
+            if fall > LEAST_FALL and needed <= MOST_CLIPS:
+                because += f", which about {math.ceil(needed)} clips would show"
     figures = {"first_loss": first, "last_loss": last, "loss_fall": fall, "loss_fall_low": low, "loss_fall_high": high}
     figures = {name: round(float(value), 4) for name, value in figures.items()}
     return {"verdict": verdict, "because": because} | figures | {"held_out_clips": count}
@@ -93,9 +95,10 @@ def choose_checkpoint(model, processor, out_dir, rows, recipe, texts=(), languag
     judged by four seeds, the lowest score alone took the worst checkpoint five times in 24 (CER .281), this rule never
     (.266). With `choice` "last" the newest one is taken, for comparing trainings instead of checkpoints.
 
-    Columns: step, held-out loss, where judges were asked what summarise_speech returns and the score gained on the lowest
-    loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can not be read or holds
-    weights that are no numbers is left out, and printed. Raises TrainingError when none is left, and for too few texts.
+    Columns: step, held-out loss, where judges were asked what summarise_speech returns and by how much the score is better
+    than that of the lowest loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can
+    not be read or holds weights that are no numbers is left out, and printed. Raises TrainingError when none is left, and
+    for too few texts.
     """
     if choice not in CHOICES:
         raise TrainingError(f"choice is {choice!r}; allowed are {' and '.join(CHOICES)}")
@@ -176,7 +179,7 @@ def summarise_speech(judged: pd.DataFrame) -> dict:
 
 
 def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
-    """Add to a table of step and held-out loss the columns chosen, by loss, why, and with scores what each gained.
+    """Add to a table of step and held-out loss the columns chosen, by loss, why, and with scores by how much each is better.
 
     `scores` has one array per row, the same texts in each (judge_model). Lowest loss first, of equals the later step. It
     is replaced by one whose score is lower in the whole 95 % interval over texts; of several, by the lowest score.
@@ -187,17 +190,18 @@ def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
     if len(scores):
         gains = [scores[best] - own for own in scores]
         intervals = [bootstrap_interval(gain) for gain in gains]
-        table = table.assign(**{"gain": [gain.mean() for gain in gains], "gain low": [low for low, _ in intervals],
-                                "gain high": [high for _, high in intervals]})
-        why = pd.Series([f"{row.gain:+.3f} ({low:+.3f} to {high:+.3f}) in score against step {table.step[best]} over {len(gain)} "
-                         "texts" for row, (low, high), gain in zip(table.itertuples(), intervals, gains, strict=True)])
-        better = table[table["gain low"] > 0]
-        why[better.index] = "better beyond the interval: " + why[better.index]
+        table = table.assign(**{"better by": [gain.mean() for gain in gains], "better low": [low for low, _ in intervals],
+                                "better high": [high for _, high in intervals]})
+        why = pd.Series([f"its score is better by {gain.mean():.3f} ({low:.3f} to {high:.3f}) than that of step "
+                         f"{table.step[best]}, over {len(gain)} texts"
+                         for (low, high), gain in zip(intervals, gains, strict=True)], index=table.index)
+        better = table[table["better low"] > 0]
+        why[better.index] = "beyond the interval " + why[better.index]
         rest = table.index.difference([*better.index, best])
-        why[rest] = "a higher loss, and not better beyond the interval: " + why[rest]
+        why[rest] = "a higher loss, and within the interval " + why[rest]
         why[best] = "the lowest held-out loss" + ("" if len(better) else "; no other is better beyond the interval")
         if len(better):
-            chosen = better.sort_values(["gain", "held-out loss"], ascending=[False, True]).index[0]
+            chosen = better.sort_values(["better by", "held-out loss"], ascending=[False, True]).index[0]
     return table.assign(**{"chosen": table.index == chosen, "by loss": table.index == best, "why": why})
 
 

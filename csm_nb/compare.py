@@ -106,9 +106,9 @@ def build_table(works: list[Work]) -> pd.DataFrame:
     """Return the comparison of one language: reference and base once, then one row per arm, in the order of the arms.
 
     What a training was is the mean over its seeds; `best rate` marks in each grid of learning rates the one with the lowest
-    held-out loss, and the differences are to that of LoRA + text. The column `state` says "done" or "failed: see <log>",
-    of some of the seeds ("1 of 3 seeds failed: ...") or of all: an arm without results has no figures. A training whose
-    results cannot be read has failed too.
+    held-out loss; `against best rate` is full's CER at its own less that of LoRA + text at its own. The column `state` says
+    "done" or "failed: see <log>", of some of the seeds ("1 of 3 seeds failed: ...") or of all: an arm without results has
+    no figures. A training whose results cannot be read has failed too.
     """
     parts, training = [], []
     for work in works:
@@ -131,7 +131,11 @@ def build_table(works: list[Work]) -> pd.DataFrame:
     if parts:
         trained = pd.DataFrame(training).groupby("model").mean().round(3)
         rates = pick_rates(trained.loss.dropna().to_dict())
-        judged = compare_arms(pd.concat(parts), rates.get(REFERENCE, REFERENCE))
+        judged = compare_arms(pd.concat(parts))
+        if len(rates) == 2:
+            best = compare_arms(pd.concat(parts), rates[REFERENCE]).filter(regex="model|difference")
+            best.columns = best.columns.str.replace("difference", "against best rate")
+            judged = judged.merge(best[best.model == rates["full"]], on="model", how="left")
         table = table.merge(trained, on="model", how="left").merge(judged, on="model", how="left")
     return table.assign(**{"best rate": table.model.isin(rates.values()),
                            "state": [_describe_state([work for work in works if work.arm == name]) for name in table.model]})
@@ -167,7 +171,7 @@ def draw_ablation(table: pd.DataFrame, title: str = ""):
                         linewidth=1.2)
             ax.annotate(f"{row[name]:.0%}", (max(row[name], row[high]), place), (6, 0), textcoords="offset points",
                         va="center", fontsize=8.5, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-        for row in table[done & (table.model == find_reference(table))].to_dict("records"):
+        for row in table[done & (table.model == REFERENCE)].to_dict("records"):
             ax.axvline(row[name], color=COLOURS[1], linestyle="--", linewidth=1.1, zorder=0.9)
         set_labels(ax, label)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -179,22 +183,26 @@ def draw_ablation(table: pd.DataFrame, title: str = ""):
     count = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "no"
     seeds = int(table.seeds.max()) if "seeds" in table else 0
     figure.supxlabel(f"n = {count} held-out sentences, {seeds} seed{'s' * (seeds != 1)}; whiskers: 95 % interval over both; "
-                     f"dashed: {find_reference(table)}",
-                     fontsize=8.5, color=INK)
+                     f"dashed: {REFERENCE}", fontsize=8.5, color=INK)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 
 
-def find_reference(table: pd.DataFrame) -> str:
-    """Return the arm of build_table's frame that the others are compared with: LoRA + text at its best rate."""
-    grid = {name_rate(REFERENCE, factor) for factor in GRID}
-    return next((row["model"] for row in table.to_dict("records") if row.get("best rate") and row["model"] in grid), REFERENCE)
+def describe_rates(table: pd.DataFrame) -> str:
+    """Return in words how full stands against LoRA + text, each at the best rate of its grid; "" where one has none."""
+    best = table[table["against best rate"].notna()] if "against best rate" in table else table.iloc[:0]
+    if best.empty:
+        return ""
+    row, grid = best.iloc[0], {name_rate(REFERENCE, factor) for factor in GRID}
+    other = next(name for name in table.model[table["best rate"]] if name in grid)
+    names = ("against best rate", "against best rate low", "against best rate high")
+    return f"Each at its best rate, {row.model} against {other}: {_write_interval(row, *names, '+.1f')} points of CER."
 
 
 def format_table(table: pd.DataFrame) -> str:
     """Return build_table's frame as a Markdown table for people, columns aligned; rates and intervals in %, "–" for nothing."""
-    heads = ["arm", "trained (M)", "steps", "compute", "seconds", "loss", "CER, %", f"against {find_reference(table)}, points",
+    heads = ["arm", "trained (M)", "steps", "compute", "seconds", "loss", "CER, %", f"against {REFERENCE}, points",
              "heard right, %", "runaways", "sentences", "seeds"]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for row in table.to_dict("records"):
@@ -254,9 +262,9 @@ Speech: 01 and 02 train with espeak-ng (synthetic); 03 with {corpus}. Judges: {p
 - **{_describe_seeds(works)}**
 - Every stage keeps its last checkpoint: one that is chosen would compare the draws of the choice with each other.
 - CER (of a clip, at most 100 %), heard right and runaways are over held-out sentences only, without the probes. "Against
-  {find_reference(table)}" is paired by seed and sentence, + is worse.
+  {REFERENCE}" is paired by seed and sentence, + is worse.
 - **Learning rates**: {REFERENCE} and full have {", ".join(f"{factor:g}" for factor in sorted(GRID))} times the rates of their own
-  (full {FULL_LR:g} of LoRA's); "best rate" has the lowest held-out loss, and stands for them.
+  (full {FULL_LR:g} of LoRA's); "best rate" has the lowest held-out loss. {describe_rates(table)}
 - **Data**: "data 1/8" has an eighth of the clips of 02 and 03, and as many steps as the whole, which is {REFERENCE}.
 - **Equal compute** is counted in FLOPs: {FROZEN} a position for a frozen weight (2 forward, 2 back to the activations), {TRAINED}
   for a trained one, the adapter's own weights included. A step of "full" costs {cost:.2f} of LoRA's, so it takes 1/{cost:.2f} of

@@ -224,6 +224,8 @@ def test_each_arm_is_reported_over_held_out_sentences_against_the_reference(runn
     page, said = (folder / "ablation.md").read_text(), capsys.readouterr().out
     assert "One training per arm (seed 0)" in page and "synthetic" in page and "| without anchor " in page
     assert "| full, lr x0.5 (best rate)" in page and "last checkpoint" in page
+    assert "full, lr x0.5 against LoRA + text: -10.0 (" in " ".join(page.split())  # .3 against .4, the rates of the lowest loss
+    assert "full, lr x0.5 against LoRA + text: -10.0 (" in said
     assert "| without anchor " in said and str(folder / "ablation.md") in said
     assert (folder / "ablation.png").stat().st_size > 10_000
 

@@ -7,6 +7,7 @@ from test_fidelity import make_summary
 
 from csm_nb import fidelity, plots, widgets
 from csm_nb.audio import SAMPLE_RATE
+from csm_nb.choose import mark_choice, summarise_speech
 from csm_nb.codec import load_codec
 from csm_nb.synth import speak_text
 
@@ -64,6 +65,18 @@ def test_losses_of_a_training_without_a_log_say_so():
     assert [t.get_text() for t in plots.draw_losses([]).axes[0].texts] == ["no loss was logged"]
     lines = plots.draw_losses([{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}]).axes[0].lines
     assert [line.get_label() for line in lines] == ["training", "held out"]
+    assert lines[0].axes.get_ylabel() == "backbone + depth loss (nats)"  # a sum of two means, not one per code
+
+
+def test_checkpoints_show_what_was_heard_only_where_judges_were_asked():
+    table = mark_choice(pd.DataFrame({"step": [78, 89, 100], "held-out loss": [4.2, 4.1, 4.15]}))
+    (alone,) = plots.draw_checkpoints(table).axes
+    assert alone.get_ylabel() == "backbone + depth loss (nats)"
+    assert {line.get_label() for line in alone.lines} >= {"chosen: 89", "by loss: 89"}
+    judged = pd.DataFrame({"CER": [0.2, 0.4], "right": [True, True], "runaway": [False, False], "score": [0.2, 0.4]})
+    table = pd.DataFrame([row | summarise_speech(judged) for row in table.iloc[:, :2].to_dict("records")])
+    figure = plots.draw_checkpoints(mark_choice(table, [judged.score.to_numpy()] * 3))
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["Held-out loss", "What the judges heard"]
 
 
 def test_the_picker_shows_clips_of_the_language_that_is_picked(tmp_path, monkeypatch):
