@@ -90,12 +90,14 @@ def _set_language(asr, entry):
     if not getattr(settings, "task_to_id", None):
         settings.task_to_id = {task: vocabulary[f"<|{task}|>"] for task in ("transcribe", "translate")
                                if f"<|{task}|>" in vocabulary}
+    if getattr(settings, "no_timestamps_token_id", None) is None:
+        settings.no_timestamps_token_id = vocabulary.get("<|notimestamps|>")
     settings.is_multilingual = True
     settings.forced_decoder_ids = asr.generation_config.forced_decoder_ids = None  # the older way to say the same
     if f"<|{entry.code}|>" not in settings.lang_to_id:
         return f"it does not know {entry.name} ({', '.join(sorted(settings.lang_to_id))}) and guesses the language of each clip"
     settings.language, settings.task = entry.whisper, "transcribe"
-    for name in ("lang_to_id", "task_to_id", "is_multilingual", "language", "task"):
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual", "language", "task"):
         setattr(asr.generation_config, name, getattr(settings, name))
     return ""
 
@@ -143,14 +145,18 @@ def transcribe(asr, wavs, batch_size: int = 8) -> list[str]:
         for i, answer in zip(heard, asr(inputs, batch_size=batch_size), strict=True):
             texts[i] = answer["text"].strip()
         return texts
-    seconds = [len(wavs[i]) / SAMPLE_RATE for i in heard]
-    order = sorted(range(len(heard)), key=seconds.__getitem__)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = seconds[chosen[-1]]
-        asr.generation_config.max_new_tokens = count_tokens(min(longest, WHISPER_SECONDS))
+    allowed = [count_tokens(min(len(wavs[i]) / SAMPLE_RATE, WHISPER_SECONDS)) for i in heard]
+    batches = []
+    for place in sorted(range(len(heard)), key=lambda place: len(wavs[heard[place]])):
+        if batches and len(batches[-1]) < batch_size and allowed[place] <= 2 * allowed[batches[-1][0]]:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    for batch in batches:
+        asr.generation_config.max_length = max(allowed[place] for place in batch)  # besides the prompt, for a Whisper
+        longest = max(len(wavs[heard[place]]) for place in batch) / SAMPLE_RATE
         pieces = {"chunk_length_s": WHISPER_SECONDS, "ignore_warning": True} if longest > WHISPER_SECONDS else {}
-        for place, answer in zip(chosen, asr([inputs[place] for place in chosen], batch_size=len(chosen), **pieces), strict=True):
+        for place, answer in zip(batch, asr([inputs[place] for place in batch], batch_size=len(batch), **pieces), strict=True):
             texts[heard[place]] = answer["text"].strip()
     return texts
 
