@@ -45,18 +45,16 @@ def fetch_model(name, use: str = "") -> Path:
     if not is_hub_id(name):
         there = ", ".join(sorted(p.name for p in (ROOT / "models").glob("*/"))) or "none"
         raise ModelError(f"{name}: no such folder ({ROOT / str(name)}); under models/ there are: {there}")
-    cached = find_cached(name)
-    if cached is not None and not find_faults(cached, use):
-        return cached
-    return check_folder(download_model(name), name, use)
+    return find_cached(name, use) or check_folder(download_model(name), name, use)
 
 
-def find_cached(name) -> Path | None:
-    """Return the folder of a hub id in the hub's own cache, whole or not, without asking the hub; None where there is none."""
+def find_cached(name, use: str = "") -> Path | None:
+    """Return the folder of a hub id in the hub's own cache, if it is whole for `use`, without asking the hub; else None."""
     try:
-        return Path(snapshot_download(str(name), local_files_only=True))
+        folder = Path(snapshot_download(str(name), local_files_only=True))
     except HUB_ERRORS:
         return None
+    return None if find_faults(folder, use) else folder
 
 
 def download_model(name, folder: Path | None = None) -> Path:
@@ -142,9 +140,9 @@ def check_models(settings) -> None:
 
 
 def list_missing(settings) -> list[str]:
-    """Return the hub ids that some of `settings` name and that are neither below models/ nor in the hub's cache."""
-    return [name for name in dict.fromkeys(name for _, name in _list_named(settings))
-            if is_hub_id(name) and find_model(name) is None and find_cached(name) is None]
+    """Return the hub ids that some of `settings` name and that are neither below models/ nor, whole, in the hub's cache."""
+    return list(dict.fromkeys(name for key, name in _list_named(settings)
+                              if is_hub_id(name) and find_model(name) is None and find_cached(name, key) is None))
 
 
 def _list_named(settings):
