@@ -35,12 +35,15 @@ def make_model(folder, weights=("model.safetensors",), **files):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A project's root of its own, with the shipped models' folders linked under models/, and no hub's cache."""
+    """A project's root of its own: params/, the shipped models linked under models/, no other model, no hub's cache."""
     (tmp_path / "models").mkdir()
+    os.symlink(ROOT / "params", tmp_path / "params")
     for name in ("csm-mini", "lid-mini", "asr-mini"):
         os.symlink(ROOT / "models" / name, tmp_path / "models" / name)
     monkeypatch.setattr(settings, "ROOT", tmp_path)
     monkeypatch.setattr(hub, "ROOT", tmp_path)
+    monkeypatch.setattr(models, "ROOT", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -48,12 +51,12 @@ def test_a_folder_below_the_root_is_found_by_its_relative_name():
     assert fetch_model("models/csm-mini") == ROOT / "models/csm-mini"
 
 
-def test_a_hub_id_while_offline_says_how_to_download_it_and_where_to_put_it():
+def test_a_hub_id_while_offline_says_how_to_download_it_and_where_to_put_it(root):
     with pytest.raises(ModelError, match="(?s)hf download sesame/csm-1b --local-dir models/csm-1b.*in params/"):
         fetch_model("sesame/csm-1b")
 
 
-def test_a_judge_that_is_a_hub_id_gives_the_same_advice():
+def test_a_judge_that_is_a_hub_id_gives_the_same_advice(root):
     with pytest.raises(ModelError, match="hf download facebook/mms-lid-126"):
         load_lid("facebook/mms-lid-126", "cpu")
 
@@ -65,7 +68,6 @@ def test_a_hub_id_in_the_local_cache_is_found_without_a_network(tmp_path, monkey
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     assert fetch_model("someone/small").name == commit
     (cached / "snapshots" / commit / "model.safetensors").write_text("x")  # cut off, and no network to go on by
     with pytest.raises(ModelError, match="hf download someone/small"):
@@ -190,6 +192,30 @@ def test_a_hub_id_is_looked_for_under_models_by_its_last_name_for_every_model(ro
         "KBLab/kb-whisper-large"]
 
 
+def test_a_path_is_no_hub_id_and_no_hub_id_is_a_shipped_model(root):
+    make_model(root / "models/mine")
+    (root / "data").mkdir()
+    assert find_model("data/mine") is None and find_model("someone/csm-mini") is None
+    with pytest.raises(ModelError, match="data/mine: no such folder"):
+        fetch_model("data/mine")
+    assert find_model("someone/mine") == root / "models/mine"
+    folder = make_model(root / "data/mine")
+    assert fetch_model("data/mine") == folder
+    with pytest.raises(ModelError, match="a file, where a folder is wanted"):
+        fetch_model("data/mine/model.safetensors")
+
+
+def test_moshis_models_are_looked_at_file_by_file(tmp_path):
+    folder = make_model(tmp_path / "moshiko", ("tokenizer-e351c8d8-checkpoint125.safetensors",), config_json=None)
+    params = {"language": "da", "codec_model": str(folder), "backend": "moshi"}
+    hub.check_models([params])
+    (weights,) = folder.glob("*.safetensors")
+    os.truncate(weights, 100)
+    for name in (folder, weights):
+        with pytest.raises(ModelError, match="checkpoint125.safetensors is cut off"):
+            hub.check_models([params | {"codec_model": str(name)}])
+
+
 def test_a_hub_id_counts_by_the_folder_that_it_is_found_in(root):
     params = {"language": "no", "base_model": "sesame/csm-1b", "asr_model": "by-language"}
     assert {key: value["hash"] for key, value in find_inputs(params).items()} == {
@@ -204,7 +230,7 @@ def test_a_hub_id_counts_by_the_folder_that_it_is_found_in(root):
     assert compared["path"] == "models/nb-whisper-large, openai/whisper-large-v3, KBLab/kb-whisper-large"
 
 
-def test_without_a_hub_a_run_says_at_once_which_models_to_bring(capsys):
+def test_without_a_hub_a_run_says_at_once_which_models_to_bring(root, capsys):
     assert main(["--langs", "no", "--stages", "01_anchor", "--profile", "csm-1b"]) == 2
     said = capsys.readouterr().err
     for name in ("sesame/csm-1b", "facebook/mms-lid-126", "NbAiLab/nb-whisper-large"):
@@ -279,7 +305,7 @@ def test_a_card_in_another_encoding_stops_no_report(tmp_path):
     assert describe_model(folder).endswith("Et m\ufffdltal.")
 
 
-def test_what_a_profile_needs_is_listed_by_language_and_stage_with_size_and_licence():
+def test_what_a_profile_needs_is_listed_by_language_and_stage_with_size_and_licence(root):
     table = models.list_needed(["no", "da"], "csm-1b").set_index("model")
     assert set(table.index) == set(models.KNOWN)
     assert (table.here == "").all() and table.GB["sesame/csm-1b"] == 6.6
@@ -292,7 +318,7 @@ def test_what_a_profile_needs_is_listed_by_language_and_stage_with_size_and_lice
     assert (shipped.fault == "").all() and (shipped.licence == "apache-2.0").all() and 0.01 < shipped.GB["models/csm-mini"] < 0.02
 
 
-def test_the_list_says_what_is_missing_and_how_it_comes_here(capsys):
+def test_the_list_says_what_is_missing_and_how_it_comes_here(root, capsys):
     assert models.main(["--profile", "mini", "--langs", "da", "--fetch"]) == 0
     assert "3 of 3 models are here" in capsys.readouterr().out
     assert models.main(["--profile", "csm-1b", "--langs", "pl", "--fetch"]) == 1
@@ -302,25 +328,17 @@ def test_the_list_says_what_is_missing_and_how_it_comes_here(capsys):
     assert models.main(["--profile", "nothing"]) == 2
 
 
-@pytest.fixture
-def copied(root, monkeypatch):
-    """The root of a project as it is, besides its models."""
-    monkeypatch.setattr(models, "ROOT", root)
+def test_the_rest_is_fetched_to_models_and_found_there(root, remote, monkeypatch):
     monkeypatch.setattr(models, "is_offline_mode", lambda: False)
-    os.symlink(ROOT / "params", root / "params")
-    return root
-
-
-def test_the_rest_is_fetched_to_models_and_found_there(copied, remote):
     table = models.list_needed(["no"], "csm-1b", ["01_anchor"])
     assert set(table.licence) == {"apache-2.0"} and table.GB.tolist()[0] == pytest.approx(6007e-9)
     assert models.fetch_missing(table) == []
     table = models.list_needed(["no"], "csm-1b", ["01_anchor"])
     assert sorted(table.here) == ["models/csm-1b", "models/mms-lid-126", "models/nb-whisper-large"] and set(table.fault) == {""}
-    assert not (copied / "models/csm-1b/ckpt.pt").exists()
+    assert not (root / "models/csm-1b/ckpt.pt").exists()
 
 
-def test_a_disk_that_will_not_hold_the_models_is_said_before_anything_is_fetched(copied, remote, monkeypatch):
+def test_a_disk_that_will_not_hold_the_models_is_said_before_anything_is_fetched(root, remote, monkeypatch):
     monkeypatch.setattr(hub, "count_free_disk", lambda: 5000)
     (said,) = models.fetch_missing(models.list_needed(["no"], "csm-1b", ["01_anchor"]))
     assert "make room" in said and remote == []
