@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MimiConfig, MimiModel
 
-from csm_nb.hub import ModelError, fetch_model
+from csm_nb.hub import ModelError, fetch_model, find_fault
 from csm_nb.params import find_model, resolve_path
 
 _RENAMED = [  # a part of a name in moshi's checkpoint, in transformers'
@@ -136,7 +136,9 @@ def read_moshi(model) -> tuple[Path, dict, dict | None]:
 
 def _read_json(model, folder, name):
     path = _find_file(model, folder, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path else None
+    if path and (fault := find_fault(path)):
+        raise ModelError(f"{model}: {fault}; fetch it again")
+    return json.loads(path.read_bytes()) if path else None
 
 
 def _find_file(model, folder, name):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors import SafetensorError, safe_open
 
 from csm_nb.clean import EncodingError, read_text
-from csm_nb.params import ROOT, find_model, is_hub_id, list_models, show_path
+from csm_nb.params import ROOT, SHIPPED, find_model, is_hub_id, list_models, show_path
 
 # What from_pretrained (transformers 5.17) looks for, in this order, where config.json names no transformers_weights.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -24,7 +24,6 @@ PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 PARTS = {"base_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "asr_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "align_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR}, "lid_model": {"a processor": PROCESSOR}}
-SHIPPED = ("csm-mini", "lid-mini", "asr-mini")
 HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
 
 
@@ -44,19 +43,18 @@ def fetch_model(name, use: str = "") -> Path:
         return check_folder(place, name, use)
     if not is_hub_id(name):
         there = ", ".join(sorted(p.name for p in (ROOT / "models").glob("*/"))) or "none"
-        raise ModelError(f"{name}: no such folder ({ROOT / str(name)}); under models/ there are: {there}")
-    cached = find_cached(name)
-    if cached is not None and not find_faults(cached, use):
-        return cached
-    return check_folder(download_model(name), name, use)
+        found = "a file, where a folder is wanted" if place else "no such folder"
+        raise ModelError(f"{name}: {found} ({ROOT / str(name)}); under models/ there are: {there}")
+    return find_cached(name, use) or check_folder(download_model(name), name, use)
 
 
-def find_cached(name) -> Path | None:
-    """Return the folder of a hub id in the hub's own cache, whole or not, without asking the hub; None where there is none."""
+def find_cached(name, use: str = "") -> Path | None:
+    """Return the folder of a hub id in the hub's own cache, if it is whole for `use`, without asking the hub; else None."""
     try:
-        return Path(snapshot_download(str(name), local_files_only=True))
+        folder = Path(snapshot_download(str(name), local_files_only=True))
     except HUB_ERRORS:
         return None
+    return None if find_faults(folder, use) else folder
 
 
 def download_model(name, folder: Path | None = None) -> Path:
@@ -133,23 +131,28 @@ def tell_download(name, folder: str | None = None) -> str:
 def check_models(settings) -> None:
     """Check each model that is here and that some of `settings` (dicts of a stage's parameters) name; a few milliseconds each.
 
-    Raises ModelError for the first that is not whole. A model that moshi reads is left to codec_moshi.
+    Raises ModelError for the first that is not whole. Of moshi's models, which are laid out otherwise, every file is looked at.
     """
-    for key, name in _list_named(settings):
+    for key, name, moshi in _list_named(settings):
         place = find_model(name)
-        if place is not None and place.is_dir():
+        if place is not None and place.is_dir() and not moshi:
             check_folder(place, name, key)
+        elif place is not None:
+            files = [place] if not place.is_dir() else [*place.glob("*.safetensors"), *place.glob("*.json")]
+            if faults := [fault for path in files if (fault := find_fault(path))]:
+                raise ModelError(f"{name}: {'; '.join(faults[:3])}. {_tell_remedy(place, name, faults[0])}")
 
 
 def list_missing(settings) -> list[str]:
-    """Return the hub ids that some of `settings` name and that are neither below models/ nor in the hub's cache."""
-    return [name for name in dict.fromkeys(name for _, name in _list_named(settings))
-            if is_hub_id(name) and find_model(name) is None and find_cached(name) is None]
+    """Return the hub ids that some of `settings` name and that are neither below models/ nor, whole, in the hub's cache."""
+    return list(dict.fromkeys(name for key, name, moshi in _list_named(settings) if not moshi
+                              and is_hub_id(name) and find_model(name) is None and find_cached(name, key) is None))
 
 
 def _list_named(settings):
-    return dict.fromkeys((key, name) for params in settings for key, names in list_models(params).items() for name in names
-                         if not (key == "codec_model" and "moshi" in params.values()))
+    """(parameter, model, whether moshi reads it), each once."""
+    return dict.fromkeys((key, name, key == "codec_model" and "moshi" in params.values())
+                         for params in settings for key, names in list_models(params).items() for name in names)
 
 
 def check_folder(folder: Path, name, use: str = "") -> Path:
@@ -180,22 +183,22 @@ def find_faults(folder: Path, use: str = "") -> list[str]:
     """
     names = sorted(path.name for path in folder.iterdir() if not path.is_dir())
     small = [file for file in names if Path(file).suffix in (".json", ".jinja", ".model") or file in TOKENIZER]
-    faults = [fault for file in small if (fault := _find_fault(folder / file))]
+    faults = [fault for file in small if (fault := find_fault(folder / file))]
     weights, lacking = [], [] if "config.json" in names else ["config.json"]
     if not faults and not lacking:
         try:
             weights = list_weights(names, lambda file: json.loads((folder / file).read_bytes()))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             faults.append(f"its index of weights can not be used ({type(error).__name__}: {error})")
-        faults += [fault for file in weights if (fault := _find_fault(folder / file))]
+        faults += [fault for file in weights if (fault := find_fault(folder / file))]
     if not weights and not any(file.endswith((".safetensors", ".bin")) for file in names):
         lacking.append("weights (*.safetensors)")
     lacking += [part for part, files in PARTS.get(use, {}).items() if not set(files) & set(names)]
     return [f"it lacks {' and '.join(lacking)}"] * bool(lacking) + faults
 
 
-def _find_fault(path):
-    """What is wrong with one file, or "": a few bytes of it are read, all of a JSON file."""
+def find_fault(path: Path) -> str:
+    """Return what is wrong with one file, "" if nothing is: a few bytes of it are read, all of a JSON file."""
     if path.is_symlink() and not path.exists():
         return f"{path.name} is a link to {path.readlink()}, which is not there"
     if not path.is_file():

@@ -46,6 +46,7 @@ STAGES = ("00_mimi_sanity", "01_anchor", "02_synthetic", "03_adapter", "04_confu
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 MODELS = ("codec_model", "base_model", "lid_model", "asr_model", "align_model")  # a folder, or the id of a model on the hub
+SHIPPED = ("csm-mini", "lid-mini", "asr-mini")  # under models/, on no hub
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
@@ -107,15 +108,17 @@ def resolve_path(path) -> Path:
 
 
 def find_model(name) -> Path | None:
-    """Return where a model is in this project, or None: a hub id's folder under models/, by its last name, or a path itself."""
-    if is_hub_id(name) and (ROOT / "models" / str(name).split("/")[1]).is_dir():
-        return ROOT / "models" / str(name).split("/")[1]
-    return resolve_path(name) if resolve_path(name).exists() else None
+    """Return where a model is in this project, or None: a path itself, or a hub id's folder under models/ by its last name."""
+    if resolve_path(name).exists():
+        return resolve_path(name)
+    place = ROOT / "models" / str(name).split("/")[-1]
+    return place if is_hub_id(name) and place.name not in SHIPPED and place.is_dir() else None
 
 
 def is_hub_id(name) -> bool:
-    """Return whether a model's name has the form of a hub id, owner/name, rather than of a path."""
-    return not str(name).startswith(("models/", "/", ".", "~")) and str(name).count("/") == 1
+    """Return whether a model's name has the form of a hub id, owner/name, and is no path: data/mine is one, there or not."""
+    owner, *rest = str(name).split("/")
+    return len(rest) == 1 and bool(rest[0]) and not owner.startswith((".", "~")) and owner != "" and not (ROOT / owner).is_dir()
 
 
 def list_models(params: dict) -> dict[str, list[str]]:

@@ -129,8 +129,8 @@ def _ask_espeak(words: list[str], language: str) -> Iterator[str]:
 def to_ipa(texts: list[str], language: str, lexicon: dict[str, str] | None = None) -> list[str]:
     """The texts with every word in IPA: by `lexicon` (see `read_lexicon`), by espeak-ng where it has no entry.
 
-    Word for word, so nothing is linked or reduced across words (no French liaison); spaces and punctuation stay as
-    clean_text writes them, case does not count. espeak-ng marks stress with ˈ and ˌ before the vowel; it never writes stød or tonal
+    Word for word, so nothing is linked or reduced across words (no French liaison); spaces and punctuation are those of
+    clean_text, case does not count. espeak-ng marks stress with ˈ and ˌ before the vowel; it never writes stød or tonal
     accent, so the glottal stops in its Danish are taken out. All words unknown to the lexicon go to it in one call.
     Raises ValueError for an unknown language or a word that espeak-ng can not say, TypeError for a bare string.
     """

@@ -78,7 +78,8 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
     ("duration", "abc", "has 'abc' as duration; allowed is seconds, such as 1.2"), ("duration", -1, "has -1 as duration"),
     ("duration", True, "has True as duration"), ("start", "1,5", "has '1,5' as start"),
     ("stod", "perhaps", "has 'perhaps' as stod; allowed is 1 or 0"), ("stod", 2, "has 2 as stod"),
-    ("stod", [], r"has \[\] as stod"), ("windows", [[1, 0.5, 1]], "has .* as windows; allowed is a list of"), ("windows", 3, "has 3 as windows"),
+    ("stod", [], r"has \[\] as stod"),
+    ("windows", [[1, 0.5, 1]], "has .* as windows; allowed is a list of"), ("windows", 3, "has 3 as windows"),
 ])  # fmt: skip
 def test_a_value_of_another_kind_is_refused_with_line_and_field(tmp_path, field, value, message):
     rows = [make_row("a.wav"), make_row("a.wav") | {field: value}]

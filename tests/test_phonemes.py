@@ -82,7 +82,7 @@ def test_a_lexicon_that_is_not_utf8_or_not_there_says_so(tmp_path):
 def test_case_spacing_and_punctuation_are_kept_out_of_the_look_up():
     lexicon = {"hund": "hunˀ", "hun": "hun"}
     assert to_ipa(["Hun, HUND? «hund»…"], "da", lexicon) == ['hun, hunˀ? "hunˀ"...']
-    assert to_ipa(["", " . "], "da") == ["", " . "]
+    assert to_ipa(["", " . "], "da") == ["", "."]
 
 
 def test_decomposed_letters_find_their_word():
