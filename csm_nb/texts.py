@@ -102,13 +102,15 @@ def count_sentences(language: str, split: str = "train") -> int:
     return sum(map(len, _sentences_by_template(get_language(language).code)[split]))
 
 
-def draw_prompts(language: str, clips: int, seed: int = 0) -> tuple[list[str], str]:
-    """Return (sentences, what they are in words): `clips` to train on, then a tenth as many (and two) for validation.
+def draw_prompts(language: str, clips: int, seed: int = 0, most_held_out: int | None = None) -> tuple[list[str], str]:
+    """Return (sentences, what they are in words): `clips` to train on, then a tenth as many (and two) for validation, at most
+    `most_held_out`.
 
     Where the templates make fewer, it is all that there are, and the words say so: a profile asks every language for as many.
     """
+    held_out = clips // HELD_OUT + 2
     sentences, said = [], []
-    for split, count in (("train", clips), ("validation", clips // HELD_OUT + 2)):
+    for split, count in (("train", clips), ("validation", min(held_out, held_out if most_held_out is None else most_held_out))):
         there = count_sentences(language, split)
         sentences += make_sentences(language, min(count, there), seed, split)
         note = f" ({count} were asked for, the templates make no more)" if count > there else ""
