@@ -52,8 +52,8 @@ FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
-    "backend": ("transformers", "unsloth"), "codec_backend": ("transformers", "moshi"), "choice": ("best", "last"),
-    "f0_method": ("praat", "pyin", "torchcrepe"),
+    "backend": ("transformers", "unsloth"), "codec_backend": ("transformers", "moshi"),
+    "f0_method": ("praat", "pyin", "torchcrepe"), "choice": ("best", "last"),
 }  # fmt: skip
 # What a number may be: brackets belong to it, parentheses do not. Numbers that stand in no row are 0 or more.
 RANGES = {
@@ -62,10 +62,10 @@ RANGES = {
     "(0, 1]": "lr adapter_lr depth_ratio",
     "[0, 1)": "dropout",
     "[0, 2147483648)": "seed",  # NumPy takes twice that; stages add to it
-    "[0, inf)": "patience log_every eval_every save_every sample_every text_weight price_per_hour codebook_weights",
+    "[0, inf)": "patience log_every log_seconds eval_every save_every save_minutes sample_every text_weight price_per_hour "
+                "codebook_weights",
 }  # fmt: skip
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
-LISTED = ("codebooks", "compare")  # lists that hold something, nothing of it twice
 # Packages that one may have or not, by stage: with them, more is measured
 OPTIONAL = {STAGES[0]: ("pystoi", "pesq", "torchcrepe")}
 HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner tells a notebook its folder
@@ -249,8 +249,8 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
         if key == "device" and not re.fullmatch(DEVICES, value):
             raise ParameterError(f"{found}; allowed: auto, cpu, cuda, cuda:<number>, mps")
         _check_numbers(key, value, found)
-        if key in LISTED and len(set(value)) < len(value):
-            raise ParameterError(f"{found}; allowed is each value once")
+        if key == "codebooks" and len(set(value)) < len(value):
+            raise ParameterError(f"{found}; allowed is each number once")
         if key in MODELS and value.startswith(("models/", "/", ".", "~")) and not resolve_path(value).exists():
             there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
             raise ParameterError(f"{found}, and there is no such folder; under models/ there are: {there}")
@@ -258,10 +258,6 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             allowed = "a manifest.jsonl, a folder of audio" if key in RECORDINGS else "a file" + " or a folder" * (key == "marks")
             raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
                                  "at the project's root)")
-    if effective.get("language") not in effective.get("compare", [effective.get("language")]):
-        origin = (origins or {}).get("compare", show_path(_notebook_path(stage)))
-        raise ParameterError(f"{origin}: compare is {effective['compare']!r} and lacks the language itself, "
-                             f"{effective['language']!r}; add it")
     return effective
 
 
@@ -365,9 +361,9 @@ def _count_codebooks(model, field):
 
 
 def _check_sentences(params, refuse):
-    """Held-out sentences are not made up: as many as the templates of every language that reads them hold."""
+    """Held-out sentences are not made up: there are as many as the templates of the language hold, and of English in 04."""
     key = "sentences" if "sentences" in params else "clips" if params.get("audio") == "" else None
-    for code in dict.fromkeys([params["language"], *(["en", *params["compare"]] if "compare" in params else [])] if key else []):
+    for code in (params["language"], *["en"] * ("compare" in params)) if key else ():
         there = count_sentences(code, "test")
         if params[key] > there:
             refuse(key, f"the templates of {get_language(code).name} hold {there} held-out sentences; allowed is 1 to {there}")

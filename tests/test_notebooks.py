@@ -70,6 +70,15 @@ def test_a_run_is_opened_under_the_notebook_s_name_and_finished_in_the_last_cell
     assert "finish_run(" in cells[-1].source
 
 
+@every_notebook
+def test_every_model_is_loaded_where_the_parameter_device_says(path):
+    loads = [node for cell in code_cells(path)[1] for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Attribute) and node.func.attr in ("load_codec", "load_base", "load_lid", "load_asr")]
+    assert loads
+    for load in loads:
+        assert "device" in [name.id for name in load.args if isinstance(name, ast.Name)], ast.unparse(load)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Return the settings that keep these runs and their adapters together and out of the checkout."""

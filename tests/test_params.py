@@ -92,7 +92,7 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
     ("00_mimi_sanity", "clips", 0, "allowed is from 1 on"),
     ("00_mimi_sanity", "seed", -1, "allowed is from 0 to below 2147483648"),
     ("00_mimi_sanity", "codebooks", [0, 8], "allowed is from 1 on"),
-    ("00_mimi_sanity", "codebooks", [8, 8], "allowed is each value once"),
+    ("00_mimi_sanity", "codebooks", [8, 8], "allowed is each number once"),
     ("00_mimi_sanity", "codebooks", [True], "a list of int"),
     ("00_mimi_sanity", "device", "gpu", "allowed: auto, cpu, cuda, cuda:<number>, mps"),
     ("00_mimi_sanity", "device", "cuda:x", "allowed: auto, cpu, cuda, cuda:<number>, mps"),
@@ -112,9 +112,7 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
     ("01_anchor", "codebook_weights", [1.0, -1], "allowed is from 0 on"),
     ("01_anchor", "codebook_weights", ["all"], "a list of float or int"),
     ("04_confusion", "compare", [], "a list of str"),
-    ("04_confusion", "compare", ["da", "da"], "allowed is each value once"),
     ("04_confusion", "compare", [False, "da"], '"no" in quotes'),
-    ("04_confusion", "compare", ["no", "sv"], "lacks the language itself, 'da'"),
 ])  # fmt: skip
 def test_a_value_out_of_its_range_is_refused_with_what_is_allowed(stage, key, value, message):
     with pytest.raises(params.ParameterError, match=f"my.yaml: {key} is .*{message}"):
@@ -138,7 +136,7 @@ def test_every_number_of_every_notebook_has_its_range_stated():
     ("01_anchor", {"codebook_weights": [0] * 8}, "not all 0"),
     ("01_anchor", {"four_bit": True, "device": "cpu"}, "four_bit is True: it needs an NVIDIA GPU"),
     ("01_anchor", {"backend": "unsloth", "device": "cpu"}, "backend is 'unsloth': it needs an NVIDIA GPU"),
-    ("04_confusion", {"compare": ["da", "es"], "sentences": 1600}, "the templates of Spanish hold .* held-out"),
+    ("04_confusion", {"sentences": 1900}, "the templates of English hold .* held-out"),
     ("05_phonemes", {"sentences": 4000}, "sentences is 4000: the templates of Danish"),
     ("01_anchor", {"device": "cuda"}, "device is 'cuda': there is no CUDA device; allowed are auto and cpu$"),
     ("01_anchor", {"runs_dir": "README.md/runs"}, "README.md is no folder; allowed is a folder, or one that can be made"),

@@ -23,7 +23,8 @@ def start(project, *arguments):
     # importing the real torch would take most of the time of a notebook that only seeds it
     stub = "class cuda:\n    is_available = lambda: False\n\nmanual_seed = set_num_threads = print\nget_num_threads = int\n"
     (project / "torch.py").write_text(stub)
-    environment = os.environ | {"PYTHONPATH": str(project)}
+    # the runner sees to it that notebooks import its own package, whichever is installed
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-m", "csm_nb.run", *arguments]
     return subprocess.Popen(  # a suite that a shell runs in the background has Ctrl-C ignored, and hands that down
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
