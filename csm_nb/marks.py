@@ -145,7 +145,9 @@ def find_windows(rows, marks: dict | None = None, asr=None) -> tuple[list[dict],
             windows = marks[named[path]]
             reason = "its marks hold no window"
         elif not windows and row.get("stod") is not None:
-            window, reason = align_rhyme(asr, read_audio(path), row["text"], row["language"]) if asr else (None, "no CTC recogniser")
+            window, reason = None, "no CTC recogniser"
+            if asr:
+                window, reason = align_rhyme(asr, read_audio(path), row["text"], row["language"])
             windows = [[*window, bool(row["stod"])]] if window else None
         windows = [list(window) for window in dict.fromkeys(tuple(window) for window in windows or ())]
         fault = _find_fault(windows, row.get("duration"))

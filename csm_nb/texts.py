@@ -117,7 +117,6 @@ def draw_prompts(language: str, clips: int, seed: int = 0) -> tuple[list[str], s
 
     Where the templates make fewer, it is all that there are, and the words say so: a profile asks every language for as many.
     """
-    held_out = clips // HELD_OUT + 2
     sentences, said = [], []
     for split, count in (("train", clips), ("validation", min(clips // HELD_OUT + 2, VALIDATION_CLIPS))):
         there = count_sentences(language, split)
