@@ -41,7 +41,7 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 MODELS = ("codec_model", "base_model", "lid_model", "asr_model", "align_model")  # a folder, or the id of a model on the hub
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
-PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
+PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes")  # where a run happens, not what it computes
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
     "backend": ("transformers", "unsloth"),
