@@ -78,5 +78,5 @@ def test_the_command_says_how_and_fails_with_what_to_do(tmp_path, monkeypatch, c
 
 def test_every_stage_that_trains_has_the_parameters_that_a_launch_reads():
     for stage, own in launch.OWN.items():
-        needed = {"method", "rank", "alpha", "dropout", "train_mlp", "train_text", "dtype", "four_bit", "backend", "seed", "device"}
+        needed = {"method", "rank", "alpha", "dropout", "train_mlp", "train_text", "dtype", "four_bit", "backend", "seed"}
         assert needed | set(own.values()) <= read_cell(stage).keys()
