@@ -49,7 +49,7 @@ MODELS = ("codec_model", "base_model", "lid_model", "asr_model", "align_model") 
 SHIPPED = ("csm-mini", "lid-mini", "asr-mini")  # under models/, on no hub
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
-PLACES = ("runs_dir", "device", "price_per_hour")  # where a run happens; no part of what it computes
+PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes")  # where a run happens, not what it computes
 CHOICES = {
     "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
     "backend": ("transformers", "unsloth"), "codec_backend": ("transformers", "moshi"),

@@ -81,7 +81,7 @@ class PrintProgress(TrainerCallback):
         if self.start and state.global_step > self.start[1]:
             self.evaluating += logs.get("eval_runtime", 0.0)
             seconds = time.monotonic() - self.start[0] - self.evaluating
-            words += [f"{self.heard / seconds:.1f} s of audio a second"]
+            words += [f"{self.heard / seconds:.1f} s of audio per second"]
             words += [f"{datetime.timedelta(seconds=round(self.count_left(state, seconds)))} left"]
         print("  ".join(words), flush=True)
 

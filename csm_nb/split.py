@@ -54,8 +54,9 @@ def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
     """
     speakers, texts = read_column(rows, "speaker_id"), read_column(rows, "text")
     voice, voices = pd.factorize(np.array(speakers, object), sort=True)
-    sentence, sentences = pd.factorize(np.array([_words(text) for text in texts], object), sort=True)
-    rank = np.array([RANKS[split_of(text)] for text in texts], int)
+    known = {text: (_words(text), RANKS[split_of(text)]) for text in set(texts)}
+    sentence, sentences = pd.factorize(np.array([known[text][0] for text in texts], object), sort=True)
+    rank = np.array([known[text][1] for text in texts], int)
     first = int((rank == 0).sum())
     if max_tokens is not None:
         rank[np.array(count_frames(rows), int) + 1 >= max_tokens - np.array([len(text) for text in texts], int)] = AVOIDED

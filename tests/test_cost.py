@@ -190,7 +190,7 @@ def test_the_table_and_its_line_show_what_was_measured():
     table = tabulate_cost(measured)
     assert list(table.columns) == ["audio (h)", "steps", "hours", "price"]
     assert list(table.index) == ["this run", "anchor 10 h x 3", "synthetic 100 h x 3", "real 50 h x 3", "all three"]
-    assert "s of audio per second" in describe_cost(measured) and "GiB free" in describe_cost(measured)
+    assert "s of audio per second" in describe_cost(measured) and "GiB free; disk: 4 checkpoints of" in describe_cost(measured)
     assert "price" not in tabulate_cost(measure_cost(model, processor, make_rows(), RECIPE, steps=1))
 
 
@@ -200,3 +200,33 @@ def test_a_containers_limit_counts_as_free_memory(monkeypatch):
     assert cost.count_free(device) == 600
     monkeypatch.setattr(cost, "read_memory_left", lambda: None)
     assert cost.count_free(device) > 2**20
+
+
+@pytest.mark.parametrize(("method", "keep", "at_once"), [("lora", 3, 4), ("full", 1, 4), ("full", 6, 7)])
+def test_the_disk_that_checkpoints_take_is_what_they_turn_out_to_take(tmp_path, method, keep, at_once):
+    model, processor = make_model(method)
+    recipe = replace(RECIPE, steps=9, save_every=1, keep_checkpoints=keep)
+    disk = cost.estimate_disk(model, recipe, tmp_path / "training")
+    assert disk["checkpoints"] == at_once and disk["needed"] == at_once * disk["checkpoint"]
+    train_model(model, processor, make_rows(8), make_rows(4), tmp_path / "training", recipe)
+    kept = [sum(file.stat().st_size for file in folder.rglob("*")) for folder in (tmp_path / "training").glob("checkpoint-*")]
+    assert len(kept) == at_once - 1 and kept == pytest.approx([disk["checkpoint"]] * len(kept), rel=0.2)
+    free = cost.estimate_disk(model, recipe, tmp_path / "training")["free"]
+    assert free == pytest.approx(disk["free"], abs=200e6)  # what a training's own checkpoints take is room for it
+
+
+def test_a_full_training_of_the_real_model_needs_100_gb_of_disk(monkeypatch):
+    shape = torch.nn.Module()
+    shape.weight = torch.nn.Parameter(torch.empty(1_630_000_000, device="meta"))
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 90e9}))
+    with pytest.raises(CostError, match=r"5 of 18.22 GiB, 91.08 GiB, 83.82 GiB are free in .*keep_checkpoints=3") as refused:
+        cost.estimate_disk(shape, Recipe(10_000, keep_checkpoints=4))
+    assert refused.value.suggestions == [{"keep_checkpoints": 3}] and "method=lora" in str(refused.value)
+    assert cost.estimate_disk(shape, Recipe(10_000, keep_checkpoints=3))["needed"] == 4 * 12 * 1_630_000_000
+
+
+def test_checkpoints_that_the_disk_can_not_hold_are_refused_before_a_step(monkeypatch, tmp_path):
+    model, processor = make_model("full")
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e6}))
+    with pytest.raises(CostError, match="checkpoints do not fit the disk.*method=lora.*runs_dir"):
+        measure_cost(model, processor, make_rows(), RECIPE, steps=1, out_dir=tmp_path)

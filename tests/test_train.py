@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +168,55 @@ def test_rows_hold_every_clip_once_an_epoch_and_never_more_than_max_tokens(base)
     assert plan_rows(clips, 256, 90, 0) == plan_rows(clips, 256, 90, 0) != plan_rows(clips, 256, 90, 1)
 
 
+def draw_lengths(count, seed):
+    """Positions of clips of 1 to 15 s at 12.5 frames/s, with some four text tokens per second of speech."""
+    rng = np.random.default_rng(seed)
+    seconds = rng.uniform(1, 15, count) if seed % 2 else np.clip(rng.lognormal(1.5, 0.5, count), 1, 15)
+    frames = np.round(seconds * 12.5).astype(int) + 1
+    return frames + np.round(seconds * rng.normal(4, 0.3, count)).astype(int) + 5, frames
+
+
+@pytest.mark.parametrize("max_tokens", [640, 1024, 16384])
+@pytest.mark.parametrize("rows", [10, 14, 40, 200])
+def test_rows_are_all_nearly_full_and_a_frame_weighs_alike_in_each(max_tokens, rows):
+    for seed in range(20 if rows * max_tokens < 10**6 else 2):
+        lengths, frames = draw_lengths(100_000 if rows * max_tokens > 10**6 else 15_000, seed)
+        lengths = lengths[: np.searchsorted(lengths.cumsum(), rows * max_tokens * 0.97)]
+        packed = pack_epoch(lengths, np.arange(len(lengths)), max_tokens, np.random.default_rng(seed))
+        filled = np.array([lengths[row].sum() for row in packed])
+        assert sorted(i for row in packed for i in row) == list(range(len(lengths)))
+        assert 0.8 * max_tokens <= filled.min() and filled.max() <= max_tokens
+        heard = [frames[row].sum() for row in packed]
+        assert max(heard) / min(heard) <= 1.2 and -(-filled.sum() // max_tokens) <= len(packed) <= 1.15 * rows
+
+
+@pytest.mark.parametrize("max_tokens", [640, 1024, 16384])
+def test_few_rows_differ_by_one_clip_at_most(max_tokens):
+    for count in range(1, 24):
+        lengths = draw_lengths(count, count)[0]
+        packed = pack_epoch(lengths, np.arange(count), max_tokens, np.random.default_rng(0))
+        filled = [lengths[row].sum() for row in packed]
+        assert max(filled) - min(filled) <= lengths.max() * (len(filled) > 1)
+        assert len(filled) >= -(-lengths.sum() // max_tokens)
+
+
+def test_a_million_clips_are_packed_in_seconds():
+    lengths, start = draw_lengths(10**6, 0)[0], time.monotonic()
+    assert len(pack_epoch(lengths, np.arange(10**6), 1024, np.random.default_rng(0))) > 50_000
+    assert time.monotonic() - start < 20
+
+
+def test_a_clip_longer_than_the_models_context_is_set_aside_however_long_a_row_is(base, tmp_path):
+    rows = make_rows((9, 2100, 14))
+    clips = read_clips(rows, base[1], 4096, 25.0, 2048)
+    assert clips.usable.tolist() == [0, 2] and "the model's context is 2048" in clips.set_aside[0]["reason"]
+    with pytest.raises(TrainingError, match="context is 2048 positions.*: cut the clips"):
+        read_clips(rows[1:2], base[1], 4096, 25.0, 2048)
+    model = add_adapter(load_base("models/csm-mini", "cpu")[0], 4, 8, 0.0)
+    train_model(model, base[1], rows, rows[:1], tmp_path, Recipe(1, max_tokens=4096))
+    assert len(read_json(tmp_path / "set_aside.json")) == 1
+
+
 def test_a_clip_longer_than_a_row_is_listed_and_the_others_go_on(base, rows):
     clips = read(rows, base[1], 40)
     assert len(clips.usable) + len(clips.set_aside) == 3 and "a row holds 40" in clips.set_aside[0]["reason"]
@@ -231,6 +281,40 @@ def test_gradient_checkpointing_changes_no_gradient(rows):
         restore_model(model)
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_gradient_checkpointing_leaves_no_hook():
+    model = adapted("lora")[0]
+
+    def count():
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    before = count()
+    prepare_model(model, Recipe(1, recompute=True))
+    restore_model(model)
+    assert count() == before
+
+
+def test_every_step_has_a_learning_rate_that_warms_up_to_its_peak(base, rows, tmp_path):
+    model = add_adapter(load_base("models/csm-mini", "cpu")[0], 4, 8, 0.0)
+    history = train_model(model, base[1], rows, rows, tmp_path, Recipe(20, lr=1e-3, log_every=1, schedule="linear"))
+    rates = [row["learning_rate"] for row in history if "loss" in row]
+    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (1 - i / 19) for i in range(1, 19))])
+
+
+@pytest.mark.parametrize(("capability", "fast"), [(7, False), (8, True), (9, True)], ids=["T4", "A100", "H100"])
+def test_a_gpu_that_imitates_bfloat16_does_not_count_as_fast_in_it(capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability))
+    assert train.has_fast_bfloat16("cuda") == fast
+
+
+def test_one_gpu_is_used_where_several_are_seen_and_nothing_launched_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = train.build_arguments(tmp_path, Recipe(1), "cuda")
+    assert arguments.n_gpu == 1 and arguments.parallel_mode.value == "not_parallel"
+    assert arguments.ddp_find_unused_parameters is False
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_and_the_clips(rows, tmp_path):
@@ -339,24 +423,40 @@ from test_train import make_rows
 from csm_nb.csm import add_adapter, load_base
 from csm_nb.train import Recipe, train_model
 torch.set_num_threads(1)
-torch.manual_seed(0)
-model, processor = load_base("models/csm-mini", "cpu")
-model = add_adapter(model, 4, 8, 0.0)
 rows = make_rows((9, 21, 14, 30, 12, 17))
-recipe = Recipe(4, max_tokens=96, batch_size=int(sys.argv[2]), depth_ratio=1.0, log_every=1)
-train_model(model, processor, rows, rows[:2], sys.argv[1], recipe)
+for weight in (0.0, 10.0):
+    torch.manual_seed(0)
+    model, processor = load_base("models/csm-mini", "cpu")
+    model = add_adapter(model, 4, 8, 0.0)
+    recipe = Recipe(4, max_tokens=96, batch_size=int(sys.argv[2]), depth_ratio=1.0, log_every=1, text_weight=weight)
+    train_model(model, processor, rows, make_rows((60, 50, 55)), sys.argv[1] + f"/{{weight:.0f}}", recipe)
 """
 
 
-def test_two_processes_have_the_loss_of_one(tmp_path):
-    script = tmp_path / "worker.py"
+@pytest.fixture(scope="module")
+def one_and_two_processes(tmp_path_factory):
+    """The folders of the same trainings by one process (rows two by two) and by two, at text_weight 0 and 10."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = folder / "worker.py"
     script.write_text(WORKER.format(tests=os.path.dirname(__file__)))
     environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
-    subprocess.run([sys.executable, script, tmp_path / "one", "2"], check=True, capture_output=True, env=environment)
+    subprocess.run([sys.executable, script, folder / "one", "2"], check=True, capture_output=True, env=environment)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, script, tmp_path / "two", "1"], check=True, capture_output=True, env=environment)
-    losses = [[row["loss"] for row in read_log(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    subprocess.run([*launch, script, folder / "two", "1"], check=True, capture_output=True, env=environment)
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.parametrize("text_weight", ["0", "10"])
+def test_two_processes_have_the_loss_of_one(one_and_two_processes, text_weight):
+    losses = [[row["loss"] for row in read_log(folder / text_weight) if "loss" in row] for folder in one_and_two_processes]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("text_weight", ["0", "10"])
+def test_held_out_rows_count_once_however_many_processes_there_are(one_and_two_processes, text_weight):
+    one, two = ([row for row in read_log(folder / text_weight) if "eval_loss" in row] for folder in one_and_two_processes)
+    for key in ("eval_loss", "eval_backbone_loss", "eval_depth_loss"):  # of three rows, one process has one twice
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-6)
 
 
 def test_a_recipe_takes_what_concerns_it_from_a_runs_parameters():
