@@ -2,13 +2,12 @@
 
 import re
 import unicodedata
-from bisect import bisect_left
 
 import jiwer
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from transformers import pipeline
 from transformers.utils import logging
 
@@ -257,15 +256,14 @@ def decide_share(right: int, count: int) -> str:
 
 
 def count_needed(right: int, count: int) -> int | None:
-    """Return how many sentences would decide if their share were the one seen; None if 10,000 do not (it is at the bound)."""
-    if count == 0:
-        return None
+    """Return how many sentences would decide if their share were the one seen; None if 10,000 do not (it is at the bound).
 
-    def decided(more):  # whole sentences, rounded away from the bound
-        share = right * more / count
-        return decide_share(int(np.ceil(share) if 10 * right >= 9 * count else np.floor(share)), more) != "unclear"
-
-    needed = bisect_left(range(count, MOST_NEEDED + 1), True, key=decided) + count
+    Wilson's interval of a share s ends at p where (s - p)^2 = z^2 p (1 - p) / n; that is solved for n.
+    """
+    if count == 0 or decide_share(right, count) != "unclear":
+        return count or None
+    bound, share = CLEAR_LOW if 10 * right >= 9 * count else CLEAR, right / count
+    needed = int(np.ceil(norm.ppf(0.975) ** 2 * bound * (1 - bound) / (share - bound) ** 2))
     return needed if needed <= MOST_NEEDED else None
 
 
