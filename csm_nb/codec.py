@@ -35,16 +35,19 @@ def load_codec(model, device: str = "cpu", backend: str = "transformers"):
 
     By transformers (a MimiModel): a folder or hub id of Mimi or CSM, of which only the codec's tensors are read, so that
     its language model takes no memory; a .safetensors file is taken for moshi's checkpoint and converted. By moshi (a
-    codec_moshi.MoshiCodec; a check on the other, no quicker): that file, a folder that holds one, or a hub id as
-    kyutai/moshiko-pytorch-bf16. Every function here takes either codec. `device` may be "auto". Raises hub.ModelError for
-    a model that is not there, is neither Mimi nor CSM, or lacks codec weights.
+    codec_moshi.MoshiCodec; a check on the other, no quicker): the same, converted the other way; that file as it is, a
+    folder that holds one, or a hub id as kyutai/moshiko-pytorch-bf16. Every function here takes either codec. `device` may
+    be "auto". Raises hub.ModelError for a model that is not there, is neither Mimi nor CSM, or lacks codec weights.
     """
     if backend not in BACKENDS:
         raise ModelError(f"backend: found {backend!r}; allowed are {' and '.join(map(repr, BACKENDS))}")
     if backend == "moshi" or resolve_path(model).is_file():
-        from csm_nb.codec_moshi import load_converted, load_moshi
+        from csm_nb.codec_moshi import load_converted, load_moshi, read_kind, run_by_moshi
 
-        codec = load_moshi(model) if backend == "moshi" else load_converted(model)
+        if backend == "transformers":
+            codec = load_converted(model)
+        else:
+            codec = run_by_moshi(_load_transformers(model)) if read_kind(model) in ("mimi", "csm") else load_moshi(model)
     else:
         codec = _load_transformers(model)
     return codec.float().to(pick_device(device)).eval().requires_grad_(False)

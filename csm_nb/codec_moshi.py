@@ -198,6 +198,55 @@ def convert_config(sizes: dict | None) -> MimiConfig:
     return config
 
 
+def convert_sizes(config: MimiConfig) -> dict:
+    """Return moshi's mimi_config of a MimiConfig: what convert_config reads, backwards."""
+    layers = {
+        "d_model": config.hidden_size, "num_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
+        "causal": True, "layer_scale": config.layer_scale_initial_scale, "context": config.sliding_window, "conv_layout": True,
+        "max_period": config.rope_parameters["rope_theta"], "gating": "none", "norm": "layer_norm",
+        "positional_embedding": "rope", "dim_feedforward": config.intermediate_size, "input_dimension": config.hidden_size,
+        "output_dimensions": [config.hidden_size],
+    }  # fmt: skip
+    net = {
+        "channels": config.audio_channels, "dimension": config.hidden_size, "causal": True, "n_filters": config.num_filters,
+        "n_residual_layers": config.num_residual_layers, "activation": "ELU", "compress": config.compress,
+        "dilation_base": config.dilation_growth_rate, "disable_norm_outer_blocks": 0, "kernel_size": config.kernel_size,
+        "residual_kernel_size": config.residual_kernel_size, "last_kernel_size": config.last_kernel_size, "norm": "none",
+        "pad_mode": config.pad_mode, "ratios": list(config.upsampling_ratios), "true_skip": not config.use_conv_shortcut,
+    }  # fmt: skip
+    quantizer = {"dimension": config.codebook_dim, "n_q": config.num_quantizers, "bins": config.codebook_size,
+                 "input_dimension": config.hidden_size, "output_dimension": config.hidden_size}
+    return {"sample_rate": config.sampling_rate, "channels": config.audio_channels, "frame_rate": config.frame_rate,
+            "seanet": net, "quantizer": quantizer, "transformer": layers}
+
+
+def run_by_moshi(codec: MimiModel) -> MoshiCodec:
+    """Return the codec of a transformers.MimiModel as moshi's code runs it."""
+    mimi, given, state = get_mimi(None, convert_sizes(codec.config)), codec.state_dict(), {}
+    for name in mimi.state_dict():
+        if re.search(_IN_PROJ, name):
+            parts = [given[re.sub(_IN_PROJ, f"{part}_proj.weight", _rename(name))] for part in "qkv"]
+            half = codec.config.head_dim // 2
+            turned = [rows.view(-1, 2, half, rows.shape[1]).transpose(1, 2).reshape(rows.shape) for rows in parts[:2]]
+            state[name] = torch.cat([*turned, parts[2]])
+        else:
+            state[name] = given[_rename(name)]
+    mimi.load_state_dict(state)
+    return MoshiCodec(mimi, codec.config)
+
+
+def read_kind(model) -> str | None:
+    """Return the model_type in the config.json of a folder or hub id, None for a file and where there is none."""
+    path = resolve_path(model)
+    return None if path.is_file() else (_read_json(model, path if path.is_dir() else None, "config.json") or {}).get("model_type")
+
+
+def _rename(name):
+    for pattern, new in _RENAMED:
+        name = re.sub(pattern, new, name)
+    return name
+
+
 def convert_moshi(state: dict, head_dim: int = 64) -> dict:
     """Return the state dict of a transformers.MimiModel from that of moshi's Mimi, of a module or of a published file.
 
@@ -206,8 +255,7 @@ def convert_moshi(state: dict, head_dim: int = 64) -> dict:
     """
     converted = {}
     for name, value in state.items():
-        for pattern, new in _RENAMED:
-            name = re.sub(pattern, new, name)
+        name = _rename(name)
         if not re.search(_IN_PROJ, name):
             converted[name] = value
             continue

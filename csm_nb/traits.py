@@ -52,12 +52,12 @@ def find_trait_clips(language: str, audio: str, marked: str, asr, seed: int, out
 
 
 def _describe_marked(rows, known, drawn, found, names, named):
-    """How many recordings there are, are labelled or marked, were drawn, and have a window; and marks that fit none."""
+    """How many recordings there are, say whether they have stød, were drawn, and where in how many; marks that fit none."""
     said = [f"{len(rows)} clips, {len(known) or 'none'} labelled"]
     if len(drawn) < len(known):
         said.append(f"{len(drawn)} of them drawn")
     if known:
-        said.append(f"stød found or known to be absent in {len(found)}")
+        said.append(f"the place found in {len(found) or 'none'}")
     if lost := sorted(set(names) - set(named.values())):
         said.append(f"{len(lost)} of {len(names)} marked files are not among the clips, such as {lost[0]!r}")
     return ", ".join(said)

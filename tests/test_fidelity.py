@@ -4,12 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from csm_nb import fidelity
+from csm_nb import fidelity, klatt, traits
+from csm_nb import judge as judge_models
 from csm_nb.audio import SAMPLE_RATE, write_audio
 from csm_nb.codec import load_codec
-from csm_nb.corpora import CorpusError, write_manifest
+from csm_nb.corpora import CorpusError, load_corpus, write_manifest
 from csm_nb.prosody import ProsodyError
-from csm_nb.synth import speak_text
+from csm_nb.synth import VOICES, speak_text
+from csm_nb.texts import make_sentences
 
 GOOD = {"f0_correlation": 0.99, "f0_rmse_cents": 10.0, "gpe_percent": 0.5, "vde_percent": 2.0, "mel_distance_db": 3.0,
         "hnr_change_db": -1.0}  # fmt: skip
@@ -186,3 +188,54 @@ def test_a_manifest_without_the_language_says_what_it_has(tmp_path):
                               tmp_path / "manifest.jsonl")  # fmt: skip
     with pytest.raises(CorpusError, match="'da'; found: sv"):
         fidelity.find_clips(str(manifest), "da", 2, 0, tmp_path)
+
+
+@pytest.fixture
+def perfect(monkeypatch):
+    """Let the codec be one that gives back what it gets, and KlattGrid's words be fewer."""
+    monkeypatch.setattr(fidelity, "encode", lambda codec, wavs, codebooks: [wav[:, None] for wav in wavs])
+    monkeypatch.setattr(fidelity, "decode", lambda codec, codes: [code[:, 0] for code in codes])
+    monkeypatch.setattr(klatt, "CUES", klatt.CUES[:1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Danish clips with texts beside them, as people have them: nothing else is known of them."""
+    folder = tmp_path_factory.mktemp("mine")
+    for number, text in enumerate(make_sentences("da", 10, 1)):
+        write_audio(folder / f"{number}.wav", speak_text(text, "da", VOICES[number % 4]))
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_perfect_codec_goes_on_recordings_of_which_nothing_is_known_but_the_texts(folder, perfect, tmp_path):
+    rows, _, source = fidelity.find_clips(str(folder), "da", 12, 0, tmp_path)
+    found, _, notes = traits.find_trait_clips("da", str(folder), "", None, 0, tmp_path)
+    evidence, _ = traits.weigh_traits(traits.code_traits(found, None, [8]), notes)
+    summary = fidelity.summarise(fidelity.measure_clips(fidelity.code_clips(rows, None, [8])))
+    evidence = [fidelity.Evidence("clips", summary), *evidence]
+    assert fidelity.check_controls(evidence).behaves.all()
+    table, verdict = fidelity.judge_codec(evidence, 8)
+    assert verdict == "go", table
+    assert table.measured.tolist() == [10, 10, 10, 10, 24, 12, 0, 0]
+    said = fidelity.describe_verdict(table, verdict, "da", 8, source)
+    assert "Not counted: stød (recorded words with stød): not measured (10 clips, none labelled)." in said
+    assert f"On 10 clips of Danish in {folder}." in said
+
+
+def test_labels_whose_words_the_recogniser_does_not_hear_are_no_evidence(folder, perfect, tmp_path):
+    rows = [row | {"text": "noget helt andet", "stod": 1} for row in load_corpus(folder, "da")]
+    manifest = write_manifest(rows, tmp_path / "manifest.jsonl")
+    asr = judge_models.load_asr("models/asr-mini", "cpu")
+    found, set_aside, notes = traits.find_trait_clips("da", str(manifest), "", asr, 0, tmp_path)
+    assert found[traits.STOD_RECORDINGS] == [] and len(set_aside) == 10
+    assert notes == {traits.STOD_RECORDINGS: "10 clips, 10 labelled, the place found in none"}
+    assert all("at most 50% is allowed" in row["reason"] for row in set_aside)
+
+
+def test_a_language_without_traits_has_no_evidence_to_want_and_says_so(perfect, tmp_path):
+    found, _, notes = traits.find_trait_clips("de", "", "", None, 0, tmp_path)
+    evidence, table = traits.weigh_traits(traits.code_traits(found, None, [8]), notes)
+    assert "German has neither stød nor tonal accent" in traits.describe_traits("de", found, notes)
+    assert traits.tabulate_evidence(evidence).empty and traits.list_unmeasured(table, []).empty
+    assert judge(make_summary()) == "go" and not evidence

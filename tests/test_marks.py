@@ -79,8 +79,7 @@ def test_a_textgrid_without_the_tier_or_with_another_label_is_named(tmp_path):
         marks.read_marks(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["audio\tstart\tend\tstod\nå.wav\t0\t1\t1\n".encode("latin-1"), b"", b"a\tb\n1\t2\t3\t4\n"],
-                         ids=["latin-1", "empty", "ragged"])
+@pytest.mark.parametrize("text", [b"", b"a\tb\n1\t2\t3\t4\n"], ids=["empty", "ragged"])
 def test_a_table_that_can_not_be_read_is_named(tmp_path, text):
     path = tmp_path / "marks.tsv"
     path.write_bytes(text)

@@ -1,6 +1,7 @@
 """Stød is followed through a codec by what each window itself has of it, and by nothing that it has not."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from csm_nb import fidelity, klatt, stod, traits
@@ -86,12 +87,20 @@ def test_smoothing_makes_periods_even_and_keeps_length_and_level():
     assert np.nanmin(tracks[0].f0[inside[0]]) < 60 and np.nanmin(tracks[1].f0[inside[1]]) > 60
 
 
-def test_accents_are_told_apart_by_their_contours_and_a_flat_one_tells_nothing(tmp_path):
+def test_accents_are_told_apart_by_their_contours_and_a_flat_one_tells_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(klatt, "ACCENT_RATES", (0.75, 1.25))
     for language in klatt.CONTOURS:
         rows = read_manifest(klatt.make_accent_corpus(language, tmp_path / language))
         clips = fidelity.code_clips(rows, load_codec("models/csm-mini"), [8])
         right = traits.tell_accents(clips).groupby("condition").accent_right.mean()
         assert right["identity"] == 1 and right["Vorbis"] == 1 and right["flat F0"] < 0.8
+
+
+def test_there_are_enough_words_with_accent_for_a_perfect_codec_to_go():
+    words = 2 * len(klatt.ACCENT_SPEAKERS) * len(klatt.ACCENT_RATES)
+    right = pd.DataFrame({"condition": "8 codebooks", "accent_right": [1.0] * words})
+    (row,) = fidelity.summarise(right, ["accent_right"]).itertuples()
+    assert (row.measured, row.statistic) == (80, "share") and traits.ACCENT[0].holds(row.low)
 
 
 def test_an_unknown_cue_is_refused_with_those_there_are():
