@@ -100,10 +100,15 @@ def is_hub_id(name) -> bool:
 
 
 def list_models(params: dict) -> dict[str, list[str]]:
-    """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard."""
+    """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard.
+
+    Those are the language of a stage, English in 01_anchor, and both and all others of `compare` where they are compared.
+    """
     models = {key: [params[key]] for key in MODELS if params.get(key)}
     if models.get("asr_model") == ["by-language"]:
-        heard = (params["language"], *(("en", *params["compare"]) if "compare" in params else ()))
+        heard = (params["language"],)
+        if "compare" in params or "anchor_clips" in params:
+            heard = ("en", *params.get("compare", ()))
         models["asr_model"] = list(dict.fromkeys(get_language(code).asr for code in heard))
     return models
 
