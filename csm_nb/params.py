@@ -201,7 +201,7 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{origin}: {key} is {value!r}: {error}") from error
         if value not in CHOICES.get(key, [value]):
             raise ParameterError(f"{origin}: {key} is {value!r}; allowed: {', '.join(CHOICES[key])}")
-        if key in MODELS and value.startswith(("models/", "/", ".", "~")) and not resolve_path(value).exists():
+        if key in MODELS and value not in ("", "by-language") and not is_hub_id(value) and find_model(value) is None:
             there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
             raise ParameterError(f"{origin}: {key} is {value!r}, and there is no such folder; under models/ there are: {there}")
         if key in (*RECORDINGS, "lexicon") and value and not resolve_path(value).exists():
