@@ -12,7 +12,7 @@ from huggingface_hub import is_offline_mode
 
 from csm_nb import hub
 from csm_nb import params as settings
-from csm_nb.params import MODELS, ROOT, STAGES, ParameterError, find_model, is_hub_id, list_models, show_path
+from csm_nb.params import ROOT, STAGES, ParameterError, find_model, is_hub_id, list_models, show_path
 
 GB = 1e9
 POSITION_FLOP, DEPTH_FLOP = 4.0e9, 14.8e9  # of training LoRA on CSM-1B: per position, per frame of the depth decoder (README)
@@ -42,8 +42,7 @@ def list_needed(languages, profile: str, stages=STAGES) -> pd.DataFrame:
         values, _ = settings.load_params(settings.find_params(language, profile))
         for stage in stages:
             found = {key: values.get(key, cell.default) for key, cell in settings.read_cell(stage).items()}
-            wanted = {key: found[key] for key in ("language", "compare", *MODELS) if key in found}
-            for key, names in list_models(wanted).items():
+            for key, names in list_models(found).items():
                 for name in names:
                     users = needed.setdefault(name, {})
                     users.setdefault(key, set()).add(stage[:2])

@@ -122,10 +122,15 @@ def is_hub_id(name) -> bool:
 
 
 def list_models(params: dict) -> dict[str, list[str]]:
-    """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard."""
+    """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard.
+
+    Those are the language of a stage, English in 01_anchor, and both and all others of `compare` where they are compared.
+    """
     models = {key: [params[key]] for key in MODELS if params.get(key)}
     if models.get("asr_model") == ["by-language"]:
-        heard = (params["language"], *(("en", *params["compare"]) if "compare" in params else ()))
+        heard = (params["language"],)
+        if "compare" in params or "anchor_clips" in params:
+            heard = ("en", *params.get("compare", ()))
         models["asr_model"] = list(dict.fromkeys(get_language(code).asr for code in heard))
     return models
 
@@ -251,7 +256,7 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
         _check_numbers(key, value, found)
         if key == "codebooks" and len(set(value)) < len(value):
             raise ParameterError(f"{found}; allowed is each number once")
-        if key in MODELS and value.startswith(("models/", "/", ".", "~")) and not resolve_path(value).exists():
+        if key in MODELS and value not in ("", "by-language") and not is_hub_id(value) and find_model(value) is None:
             there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
             raise ParameterError(f"{found}, and there is no such folder; under models/ there are: {there}")
         if key in (*RECORDINGS, *FILES) and value and not resolve_path(value).exists():

@@ -206,7 +206,8 @@ def _advise(character):
 def _check_texts(tokenizer, texts, corpus):
     lost = []
     for text in map(clean_text, texts):
-        back = tokenizer.decode(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # Llama's would tidy the space of "livre ?" away
         lost += [] if back == text else [f"{text!r} came back as {back!r}"]
     corpus = [clean_text(text) for text in corpus]
     losing = sum(map(bool, _find_lost(tokenizer, corpus)))

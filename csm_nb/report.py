@@ -7,7 +7,7 @@ from pathlib import Path
 
 from csm_nb.hub import ModelError, describe_model
 from csm_nb.languages import get_language
-from csm_nb.params import STAGES, is_alive, resolve_path
+from csm_nb.params import STAGES, find_model, is_alive
 from csm_nb.provenance import read_json
 
 # nbconvert's own page without what it loads from the network (RequireJS, MathJax, Mermaid, the widget manager); a
@@ -150,7 +150,7 @@ def _describe_run(folder, runs_dir):
 def _describe_models(names):
     """What the cards of the models say that lie here as folders; the index fetches nothing."""
     lines = []
-    for name in sorted(name for name in names if name and resolve_path(name).is_dir()):
+    for name in sorted(name for name in names if name and find_model(name)):
         with contextlib.suppress(ModelError):
             lines.append(describe_model(name))
     return lines

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from csm_nb.codec import load_codec
 from csm_nb.csm import load_base
 from csm_nb.hub import ModelError, describe_model, download_model, fetch_model, find_faults, list_missing
 from csm_nb.judge import load_lid
-from csm_nb.params import ROOT, find_inputs, find_model
+from csm_nb.languages import get_language
+from csm_nb.params import ROOT, STAGES, find_inputs, find_model
 from csm_nb.run import main, plan_tasks
 
 WEIGHTS = {"w": np.zeros(1000, np.float32)}
@@ -227,13 +229,13 @@ def test_a_hub_id_counts_by_the_folder_that_it_is_found_in(root):
     save_file({"w": np.ones(1000, np.float32)}, root / "models/nb-whisper-large/model.safetensors")
     assert find_inputs(params)["asr_model"]["hash"] != here["asr_model"]["hash"]
     compared = find_inputs(params | {"compare": ["no", "sv"]})["asr_model"]
-    assert compared["path"] == "models/nb-whisper-large, openai/whisper-large-v3, KBLab/kb-whisper-large"
+    assert compared["path"] == "openai/whisper-large-v3, models/nb-whisper-large, KBLab/kb-whisper-large"
 
 
 def test_without_a_hub_a_run_says_at_once_which_models_to_bring(root, capsys):
     assert main(["--langs", "no", "--stages", "01_anchor", "--profile", "csm-1b"]) == 2
     said = capsys.readouterr().err
-    for name in ("sesame/csm-1b", "facebook/mms-lid-126", "NbAiLab/nb-whisper-large"):
+    for name in ("sesame/csm-1b", "facebook/mms-lid-126", "openai/whisper-large-v3"):
         assert f"hf download {name} --local-dir models/{name.split('/')[1]}" in said
 
 
@@ -312,10 +314,21 @@ def test_what_a_profile_needs_is_listed_by_language_and_stage_with_size_and_lice
     assert "not for commercial" in table.licence["facebook/mms-lid-126"]
     assert table.languages["CoRal-project/roest-wav2vec2-315m-v2"] == "da"
     assert table.used["sesame/csm-1b"] == "base_model of 01 02 03 04 05"
-    assert table.used["openai/whisper-large-v3"] == "asr_model of 04"
+    assert table.used["openai/whisper-large-v3"] == "asr_model of 01 04"
+    assert table.used["NbAiLab/nb-whisper-large"] == "asr_model of 00 02 03 04 05"
     shipped = models.list_needed(["sv"], "mini").set_index("model")
     assert shipped.here.to_dict() == {f"models/{name}": f"models/{name}" for name in ("csm-mini", "lid-mini", "asr-mini")}
     assert (shipped.fault == "").all() and (shipped.licence == "apache-2.0").all() and 0.01 < shipped.GB["models/csm-mini"] < 0.02
+
+
+def test_the_recognisers_of_by_language_are_those_that_the_notebook_loads():
+    heard = {"language": ["sv"], '"en"': ["en"], "code": ["en", "no", "sv"]}
+    for stage in STAGES:
+        source = (settings.NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
+        (asked,) = set(re.findall(r"load_asr\(asr_model, device, ([^)]+)\)", source))
+        params = {name: cell.default for name, cell in settings.read_cell(stage).items()}
+        params |= {"language": "sv", "asr_model": "by-language"} | ({"compare": ["no", "sv"]} if "compare" in params else {})
+        assert settings.list_models(params)["asr_model"] == [get_language(code).asr for code in heard[asked]]
 
 
 def test_the_list_says_what_is_missing_and_how_it_comes_here(root, capsys):
@@ -334,7 +347,7 @@ def test_the_rest_is_fetched_to_models_and_found_there(root, remote, monkeypatch
     assert set(table.licence) == {"apache-2.0"} and table.GB.tolist()[0] == pytest.approx(6007e-9)
     assert models.fetch_missing(table) == []
     table = models.list_needed(["no"], "csm-1b", ["01_anchor"])
-    assert sorted(table.here) == ["models/csm-1b", "models/mms-lid-126", "models/nb-whisper-large"] and set(table.fault) == {""}
+    assert sorted(table.here) == ["models/csm-1b", "models/mms-lid-126", "models/whisper-large-v3"] and set(table.fault) == {""}
     assert not (root / "models/csm-1b/ckpt.pt").exists()
 
 

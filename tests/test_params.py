@@ -79,6 +79,7 @@ def test_a_missing_file_is_refused_with_those_that_are_there(here):
     ("language", "xx", "language is 'xx': .*da"),
     ("codebooks", ["all"], "codebooks is .*list of int"),
     ("codebooks", [], "codebooks is .*list of int"),
+    ("base_model", "csm-1b", "base_model is 'csm-1b', and there is no such folder"),
     ("base_model", "models/nothing", "base_model is 'models/nothing', and there is no such folder; .*: base"),
     ("audio", "nowhere/manifest.jsonl", "audio is 'nowhere/manifest.jsonl'.*a manifest.jsonl, a folder of audio"),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ from csm_nb import attention, train
 from csm_nb.batches import pack_row, read_clips
 from csm_nb.csm import add_adapter, encode_text, load_base, train_fully
 from csm_nb.languages import LANGUAGES
-from csm_nb.prove import WAYS_OUT, ProofError, list_unknown, prove_model
+from csm_nb.prove import WAYS_OUT, ProofError, _check_texts, list_unknown, prove_model
 from csm_nb.texts import spell_alphabet
 
 TEXTS = ["Jeg så på øya.", "Vær så snill!"]
@@ -175,6 +175,12 @@ def test_a_tokenizer_of_bytes_reads_a_prompt_as_a_whole_and_typed_control_tokens
     assert encode_text(processor, "Hej, på øen €.", "0") == whole
     ids = encode_text(processor, "a<|end_of_text|><|reserved_special_token_0|>b", "0")
     assert not set(ids[1:-1]) & set(bytes_tokenizer.all_special_ids)
+
+
+def test_a_tokenizer_that_tidies_spaces_when_it_decodes_loses_no_letters(bytes_tokenizer):
+    bytes_tokenizer.clean_up_tokenization_spaces = True  # as Llama's config has it
+    texts = [*LANGUAGES["fr"].probes, spell_alphabet("fr")]
+    assert _check_texts(bytes_tokenizer, texts, []) == (True, f"{len(texts)} of {len(texts)}")
 
 
 def test_characters_that_a_tokenizer_drops_without_a_word_are_listed_too():
