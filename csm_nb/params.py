@@ -180,7 +180,7 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
             raise ParameterError(f"{show_path(path)}: no such file; in that folder there are: {others}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        except (yaml.YAMLError, ValueError, OSError) as error:
             raise ParameterError(f"{show_path(path)}: not readable as YAML: {error}") from error
         if not isinstance(content, dict):
             raise ParameterError(f"{show_path(path)}: found {content!r:.80}; allowed are lines of `key: value`")
