@@ -26,10 +26,6 @@ UV    := $(ENV)/bin/uv
 endif
 PY    := $(ENV)/bin/python
 STAMP := $(ENV)/.csm-nb-setup
-# uv does not read pip's settings: where pip is told of a mirror, uv is told too
-INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
-  [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
-
 # What each target takes; anything else on the command line is a mistake (LANG=da would run three languages).
 TAKES_help   := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE EXTRAS LAB
 TAKES_run    := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE
@@ -51,6 +47,10 @@ $(error make $(GOALS) takes no $(firstword $(UNKNOWN))$(or $(NEAREST),.) It take
 endif
 quote = '$(subst ','\'',$(1))'
 each = $(foreach word,$(1),$(call quote,$(word)))
+
+# uv does not read pip's settings: where pip is told of a mirror, uv is told too
+INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
+  [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
 .PHONY: help run models ablate test lab setup lock clean
 help:

@@ -215,7 +215,7 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
             content = yaml.safe_load(read_text(path)) or {}
         except EncodingError as error:
             raise ParameterError(str(error)) from error
-        except (yaml.YAMLError, OSError) as error:
+        except (yaml.YAMLError, ValueError, OSError) as error:
             raise ParameterError(f"{show_path(path)}: not readable as YAML: {error}") from error
         if not isinstance(content, dict):
             raise ParameterError(f"{show_path(path)}: found {content!r:.80}; allowed are lines of `key: value`")

@@ -57,7 +57,8 @@ def test_unknown_key_is_refused_with_file_key_and_the_known_ones(here):
         params.load_params(["params/da.yaml", "params/mini.yaml"])
 
 
-@pytest.mark.parametrize("text, message", [("- 1\n", "key: value"), ("a: [\n", "not readable as YAML")])
+@pytest.mark.parametrize("text, message", [("- 1\n", "key: value"), ("a: [\n", "not readable as YAML"),
+                                           ("a: 2026-99-99\n", "not readable as YAML")])
 def test_a_file_that_is_no_flat_yaml_is_refused(here, text, message):
     (here / "params" / "mini.yaml").write_text(text)
     with pytest.raises(params.ParameterError, match=f"params/mini.yaml: .*{message}"):
