@@ -115,7 +115,8 @@ def generate_codes(model, processor, texts, speakers, temperature, top_k, genera
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
     # A text table that was trained is float32, also where the model around it is bfloat16.
-    embeds, cache = model.embed_text_tokens(ids).to(model.lm_head.weight.dtype), DynamicCache(config=config)
+    dtype = model.backbone_model.embed_tokens.embed_audio_tokens.weight.dtype
+    embeds, cache = model.embed_text_tokens(ids).to(dtype), DynamicCache(config=config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     frames, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     lengths = caps.clone()

@@ -143,6 +143,7 @@ def change_json(name, **changes):
     "a pointer": (lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs"), "can not be read"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "config of an adapter and no weights"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json.*03_adapter"),
+    "broken record": (lambda f: (f / "base.json").write_text("{"), "can not be read"),
     "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "can not be read"),
     "another rank": (change_json("adapter_config.json", r=3), "can not be put on this base.*size mismatch"),
     "layers that are not there": (change_json("adapter_config.json", target_modules=["nothing"]), "can not be put on this base"),
