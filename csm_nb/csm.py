@@ -115,10 +115,10 @@ def _load_unsloth(path, options, four_bit):
     )
     # It makes float32 of the model and float16 of its projections and heads whatever dtype is asked for, and ties the
     # backbone's table to the depth decoder's, even one filled at random: so dtype and digits are the checkpoint's again.
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
+    held = dict(model.named_parameters())  # no buffers: the angles of the positions stay float32 in every dtype
+    for name, value in held.items():
         if value.is_floating_point() and not name.startswith("codec_model."):
             value.data = value.data.to(options["dtype"])
-    held = dict(model.named_parameters())
     for file in list_weights(path):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
@@ -286,7 +286,7 @@ def _check_keys(model, folder, name, weights):
 def _check_effect(model, folder):
     """The logits of both decoders on a known prompt have to differ with the adapter and without."""
     inner = model.get_base_model()
-    tokens = torch.arange(8, device=inner.device)[None] % inner.config.text_vocab_size
+    tokens = torch.arange(min(256, inner.config.text_vocab_size), device=inner.device)[None]  # all letters, in any tokenizer
 
     def compute_logits():
         embeds = inner.embed_text_tokens(tokens).to(inner.backbone_model.embed_tokens.embed_audio_tokens.weight.dtype)
@@ -327,6 +327,7 @@ def train_fully(model, text_embeddings: bool = True):
     with AdamW, 25 GB for CSM-1B. Raises BaseModelError for a model in 4 bits or with an adapter on it.
     """
     _check_whole(model, "trained fully")
+    model.loaded_from = None  # soon it is another base than the one in that folder
     model.requires_grad_(True)
     model.codec_model.requires_grad_(False)
     model.embed_text_tokens.requires_grad_(text_embeddings)
@@ -409,7 +410,7 @@ def load_full(model, folder):
                            f"{(strange or sorted(held.keys() - state.keys()))[0]}; choose the base model it was trained on")
     model.load_state_dict(state, strict=False)
     tie_codebooks(model, held.keys() - state.keys())
-    model.loaded_from = None  # an adapter on it would be one of these weights
+    model.loaded_from = None  # it is another base than the one in that folder
     return model
 
 

@@ -172,6 +172,18 @@ def test_an_adapter_that_was_never_trained_is_refused(base, tmp_path):
         load_adapter(load_base("models/csm-mini", "cpu")[0], folder)
 
 
+def test_an_adapter_whose_text_table_alone_was_trained_changes_something(base, tmp_path):
+    model = add_adapter(base, 4, 8, 0.0, text_embeddings=True)
+    letter = base_tokens("ø")
+    with torch.no_grad():
+        model.get_base_model().embed_text_tokens.modules_to_save["default"].weight[letter] += 1
+    assert load_adapter(load_base("models/csm-mini", "cpu")[0], save_adapter(model, tmp_path / "lora_no"))
+
+
+def base_tokens(text):
+    return load_base("models/csm-mini", "cpu")[1].tokenizer(text, add_special_tokens=False).input_ids[0]
+
+
 def test_an_adapter_on_one_decoder_alone_changes_something(base, tmp_path):
     model = add_adapter(base, 4, 8, 0.0)
     with torch.no_grad():
