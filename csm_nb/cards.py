@@ -21,7 +21,7 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     language = table.get("reads", table.get("language"))
     text = LANGUAGES[language if language in LANGUAGES else "en"].probes[0]
     trained = _find("ADAPTER" if adapter else "MODEL", place)
-    example = write_example(_find("BASE", base_id) if adapter else trained, trained if adapter else "", text, voice, tables)
+    example = write_example(_find("BASE", base_id or "unknown") if adapter else trained, trained if adapter else "", text, voice, tables)
     (Path(folder) / "README.md").write_text(f"""---
 library_name: {"peft" if adapter else "transformers"}
 base_model: {base}
@@ -79,6 +79,9 @@ print("speech.wav:", text)"""
 
 def _find(variable, place):
     """Code for a folder: below csm-nb's, or as it stands (a hub id, a folder where the example runs); the variable overrules."""
+    below_models = f"models/{Path(place).name}"
+    if resolve_path(below_models).is_dir() and not resolve_path(place).exists():  # a hub id of which there is a copy
+        place = below_models
     inside = not Path(show_path(place)).is_absolute() and resolve_path(place).parent.is_dir()
     return f'os.environ.get("{variable}", {"root / " if inside else ""}"{_shorten(place)}")'
 

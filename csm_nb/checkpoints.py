@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model, save_model
 
+from csm_nb.csm import write_record
 from csm_nb.provenance import read_json, write_json
 
 MARKER = "complete.json"
@@ -21,6 +22,7 @@ def save_weights(model, folder) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)  # else peft asks the hub; a trained table is saved anyway
     else:
         save_model(model, folder / WEIGHTS)
+    write_record(model, folder)  # so that one that is gone on from knows its base and its speakers
 
 
 def load_weights(model, folder) -> None:

@@ -17,7 +17,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoProcessor, BitsAndBytesConfig, CsmForConditionalGeneration
@@ -116,10 +116,10 @@ def _load_unsloth(path, options, four_bit):
     )
     # It makes float32 of the model and float16 of its projections and heads whatever dtype is asked for, and ties the
     # backbone's table to the depth decoder's, even one filled at random: so dtype and digits are the checkpoint's again.
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
+    held = dict(model.named_parameters())  # no buffers: the angles of the positions stay float32 in every dtype
+    for name, value in held.items():
         if value.is_floating_point() and not name.startswith("codec_model."):
             value.data = value.data.to(options["dtype"])
-    held = dict(model.named_parameters())
     for file in list_weights(path):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
@@ -223,7 +223,7 @@ def remove_adapters(model: PeftModel):
 
 def _put_back(base):
     for name, module in list(base.named_modules()):
-        kept = module.original_module if isinstance(module, ModulesToSaveWrapper) else (
+        kept = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else (
             module.base_layer if isinstance(module, LoraLayer) else None)
         if kept is not None:
             base.set_submodule(name, kept)
@@ -250,6 +250,7 @@ def _read_adapter(folder):
                            "copied whole; fetch it again, or train it again")
     try:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+        read_speakers(folder)
         weights = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # half a file fails in as many ways as there are formats
         raise AdapterError(f"{folder} can not be read ({type(error).__name__}: {error}): half a file, or none of an adapter's; "
@@ -286,10 +287,10 @@ def _check_keys(model, folder, name, weights):
 def _check_effect(model, folder):
     """The logits of both decoders on a known prompt have to differ with the adapter and without."""
     inner = model.get_base_model()
-    tokens = torch.arange(8, device=inner.device)[None] % inner.config.text_vocab_size
+    tokens = torch.arange(min(256, inner.config.text_vocab_size), device=inner.device)[None]  # all letters, in any tokenizer
 
     def compute_logits():
-        embeds = inner.embed_text_tokens(tokens).to(inner.lm_head.weight.dtype)
+        embeds = inner.embed_text_tokens(tokens).to(inner.backbone_model.embed_tokens.embed_audio_tokens.weight.dtype)
         hidden = inner.backbone_model(inputs_embeds=embeds).last_hidden_state
         codes = torch.ones(1, 2, dtype=torch.long, device=inner.device)
         depth = inner.depth_decoder(input_ids=codes, backbone_last_hidden_state=hidden[:, -1]).logits
@@ -327,6 +328,7 @@ def train_fully(model, text_embeddings: bool = True):
     with AdamW, 25 GB for CSM-1B. Raises BaseModelError for a model in 4 bits or with an adapter on it.
     """
     _check_whole(model, "trained fully")
+    model.loaded_from = None  # soon it is another base than the one in that folder
     model.requires_grad_(True)
     model.codec_model.requires_grad_(False)
     model.embed_text_tokens.requires_grad_(text_embeddings)
@@ -409,7 +411,7 @@ def load_full(model, folder):
                            f"{(strange or sorted(held.keys() - state.keys()))[0]}; choose the base model it was trained on")
     model.load_state_dict(state, strict=False)
     tie_codebooks(model, held.keys() - state.keys())
-    model.loaded_from = None  # an adapter on it would be one of these weights
+    model.loaded_from = None  # it is another base than the one in that folder
     return model
 
 
@@ -429,14 +431,15 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
         if base_id:
             model.peft_config["default"].base_model_name_or_path = show_path(base_id)
         model.save_pretrained(partial, save_embedding_layers=False)  # peft would ask the hub; a trained table is saved anyway
-        _write_record(partial, model)
+        write_record(model, partial)
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 
 
-def _write_record(partial, model):
+def write_record(model, folder) -> None:
+    """Write base.json: the base that an adapter needs (describe_base) and the speakers that it or the model was trained with."""
     record = describe_base(model) | {"speakers": get_speakers(model)}
-    (partial / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def save_full(model, processor, folder, card: dict | None = None, base_id: str = "",
@@ -444,7 +447,7 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
     """Writes a fully trained model as save_base does, with a model card as save_adapter does, and returns the folder."""
     with _write_folder(folder) as partial:
         _write_base(model, processor, partial, dtype)
-        _write_record(partial, model)
+        write_record(model, partial)
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 
@@ -494,8 +497,9 @@ def _write_card(folder, place, model, card, base_id):
     table = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model)
     table |= {"speakers": list_speakers(speakers) or "not stated"}
     table |= {"sampling rate": f"{inner.codec_model.config.sampling_rate} Hz"}
-    held = list_tensors(inner.loaded_from) if adapter and getattr(inner, "loaded_from", None) else {BACKBONE_TABLE}
-    tables = (DEPTH_TABLE, BACKBONE_TABLE) if BACKBONE_TABLE in held else (BACKBONE_TABLE, DEPTH_TABLE)
+    held = list_tensors(inner.loaded_from) if adapter and getattr(inner, "loaded_from", None) else set()
+    turned = DEPTH_TABLE in held and BACKBONE_TABLE not in held
+    tables = (BACKBONE_TABLE, DEPTH_TABLE) if turned else (DEPTH_TABLE, BACKBONE_TABLE)
     write_card(folder, place, table, base_id, adapter, pick_voice(speakers), tables)
 
 

@@ -46,7 +46,7 @@ def count_letters(text: str) -> int:
 
     Capitals side by side are taken for an abbreviation. That is too many for "1000" and for a shout, which only raises a cap.
     """
-    read_out = sum(c.isnumeric() or c in "%&@§" or unicodedata.category(c).startswith("S") for c in text)
+    read_out = sum(c.isnumeric() or c in "%&@§" or unicodedata.category(c) in ("Sc", "Sm", "So") for c in text)
     capitals = [run for run in "".join(c if c.isupper() else " " for c in text).split() if len(run) > 1]
     return len(text) + (LETTERS_READ_OUT - 1) * (read_out + sum(map(len, capitals)))
 
@@ -84,7 +84,7 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     for the model's context, and speakers.SpeakerError for a voice that the adapter was not trained with.
     """
     texts, known = list(texts), get_speakers(model)
-    speakers = [speaker_ids] * len(texts) if speaker_ids is None or isinstance(speaker_ids, str) else list(speaker_ids)
+    speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
     voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
     speakers = [voices[speaker] for speaker in speakers]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -115,7 +115,8 @@ def generate_codes(model, processor, texts, speakers, temperature, top_k, genera
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
     # A text table that was trained is float32, also where the model around it is bfloat16.
-    embeds, cache = model.embed_text_tokens(ids).to(model.lm_head.weight.dtype), DynamicCache(config=config)
+    dtype = model.backbone_model.embed_tokens.embed_audio_tokens.weight.dtype
+    embeds, cache = model.embed_text_tokens(ids).to(dtype), DynamicCache(config=config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     frames, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     lengths = caps.clone()

@@ -39,7 +39,7 @@ def number_speakers(rows, corpus: str = "", before=None) -> tuple[list[dict], li
     known = [speaker | {"own": False} for speaker in read_speakers(before)]
     numbers = {(speaker["content"], speaker["speaker"]): speaker["number"] for speaker in known}
     name, content = _identify(corpus)
-    voices = [(ENGINE, row["speaker_id"]) if _is_espeak(row) else (content, _name(row)) for row in rows]
+    voices = [(ENGINE if _is_espeak(row) else content, _name(row)) for row in rows]
     if not content and any(place != ENGINE for place, _ in voices):
         raise SpeakerError("rows of speakers that are none of espeak-ng's voices need the corpus that they are from, so that "
                            "its speakers are told from those of others: give its manifest.jsonl or folder as `corpus`")
@@ -67,7 +67,7 @@ def _name(row):
 
 
 def _is_espeak(row):
-    voice = ESPEAK.get(row["speaker_id"])
+    voice = ESPEAK.get(_name(row))
     return voice is not None and row.get("source") == ENGINE and row.get("voice", voice) == voice
 
 

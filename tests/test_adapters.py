@@ -143,6 +143,7 @@ def change_json(name, **changes):
     "a pointer": (lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs"), "can not be read"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "config of an adapter and no weights"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json.*03_adapter"),
+    "broken record": (lambda f: (f / "base.json").write_text("{"), "can not be read"),
     "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "can not be read"),
     "another rank": (change_json("adapter_config.json", r=3), "can not be put on this base.*size mismatch"),
     "layers that are not there": (change_json("adapter_config.json", target_modules=["nothing"]), "can not be put on this base"),
@@ -169,6 +170,18 @@ def test_an_adapter_that_was_never_trained_is_refused(base, tmp_path):
     folder = save_adapter(add_adapter(base, 4, 8, 0.0), tmp_path / "lora_no")
     with pytest.raises(AdapterError, match="changes nothing"):
         load_adapter(load_base("models/csm-mini", "cpu")[0], folder)
+
+
+def test_an_adapter_whose_text_table_alone_was_trained_changes_something(base, tmp_path):
+    model = add_adapter(base, 4, 8, 0.0, text_embeddings=True)
+    letter = base_tokens("ø")
+    with torch.no_grad():
+        model.get_base_model().embed_text_tokens.modules_to_save["default"].weight[letter] += 1
+    assert load_adapter(load_base("models/csm-mini", "cpu")[0], save_adapter(model, tmp_path / "lora_no"))
+
+
+def base_tokens(text):
+    return load_base("models/csm-mini", "cpu")[1].tokenizer(text, add_special_tokens=False).input_ids[0]
 
 
 def test_an_adapter_on_one_decoder_alone_changes_something(base, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from csm_nb import params
-from csm_nb.cards import write_example
+from csm_nb.cards import write_card, write_example
 from csm_nb.csm import (
     BACKBONE_TABLE,
     DEPTH_TABLE,
@@ -127,6 +127,15 @@ def test_a_card_names_no_folder_of_this_machine(project, tmp_path):
     assert str(ROOT) not in text and str(tmp_path) not in text
     folder = save_adapter(model, tmp_path / "lora_no", card, str(ROOT / "models/csm-mini"))
     assert str(ROOT) not in (folder / "README.md").read_text() + (folder / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(("base", "found"), [
+    ("sesame/csm-mini", 'root / "models/csm-mini"'), ("sesame/csm-1b", '"sesame/csm-1b"'),
+    ("models/csm-mini", 'root / "models/csm-mini"'), ("/somewhere/csm-own", '"csm-own"'),
+])
+def test_a_base_is_looked_for_where_it_lies(base, found, tmp_path):
+    write_card(tmp_path, tmp_path / "lora_no", {}, base, True, "0", (DEPTH_TABLE, BACKBONE_TABLE))
+    assert f'base = os.environ.get("BASE", {found})\n' in (tmp_path / "README.md").read_text()
 
 
 def test_an_example_ties_the_table_that_the_base_lacks_to_the_one_that_it_holds():

@@ -160,6 +160,8 @@ def test_unsloth_s_model_is_the_stored_one_in_the_dtype_asked_for_and_speaks(uns
     assert is_tied(model) and held.keys() == wanted.keys()
     for name, value in wanted.items():
         assert held[name].dtype == value.dtype and torch.equal(held[name], value), name
+    assert {name: value.dtype for name, value in model.named_buffers()} == {
+        name: value.dtype for name, value in ours.named_buffers()}
     (speech,) = speak(add_adapter(model, 4, 8, 0.0, text_embeddings=True), processor, ["Good morning."])
     assert speech.ended
 
