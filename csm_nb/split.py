@@ -79,7 +79,8 @@ def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
         raise TrainingError(
             f"{_count(len(texts), 'clip')} of {_count(len(voices), 'speaker')} with {_count(len(sentences), 'sentence')} "
             f"can not be split: at best {len(split.train)} are left to train on, {len(split.held)} are held out and {split.lost} "
-            "neither, where a tenth of all is allowed. Give more clips, with other sentences or of other speakers")
+            "neither, where a tenth of all is allowed. Give more clips, with other sentences or of other "
+            "speakers (corpus_clips says how many are drawn)")
     return _take(rows, split.train), _take(rows, split.held), str(split)
 
 
