@@ -179,6 +179,7 @@ class Clock(TrainerCallback):
             self.split = {}
         if self.profiler and state.global_step == self.last + 1:
             self.profiler.stop()
+        control.should_evaluate = control.should_save = False  # what a training does besides is not timed
 
 
 def measure(variant: str, args) -> dict:

@@ -78,7 +78,8 @@ def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
         raise TrainingError(
             f"{_count(len(texts), 'clip')} of {_count(len(voices), 'speaker')} with {_count(len(sentences), 'sentence')} "
             f"can not be split: at best {len(split.train)} are left to train on, {len(split.held)} are held out and {split.lost} "
-            "neither, where a tenth of all is allowed. Give more clips, with other sentences or of other speakers")
+            "neither, where a tenth of all is allowed. Give more clips, with other sentences or of other "
+            "speakers (corpus_clips says how many are drawn)")
     return _take(rows, split.train), _take(rows, split.held), str(split)
 
 
@@ -92,16 +93,16 @@ def _words(text):
 
 def _hold_out(group, rank, wanted, lot, noun, why):
     """Whole groups of clips held out (all of a sentence, or of a speaker), `wanted` clips at most, or else the smallest group."""
-    sizes, worst, chosen, left = np.bincount(group), np.zeros(len(lot), int), [], wanted
-    np.maximum.at(worst, group, rank)
-    for number in np.lexsort((lot, worst)):
-        if left == 0 or chosen and worst[number] >= AVOIDED:
+    sizes, best, chosen, left = np.bincount(group), np.full(len(lot), AVOIDED), [], wanted
+    np.minimum.at(best, group, rank)
+    for number in np.lexsort((lot, best)):
+        if left == 0 or chosen and best[number] >= AVOIDED:
             break
         if sizes[number] <= left and len(chosen) < len(lot) - 1:
             chosen.append(number)
             left -= sizes[number]
     if not chosen and len(lot) > 1:
-        chosen = [np.lexsort((lot, worst, sizes))[0]]
+        chosen = [np.lexsort((lot, best, sizes))[0]]
     mine = np.isin(group, chosen)
     held = np.flatnonzero(mine)
     held = held[rank[held] < AVOIDED] if (rank[held] < AVOIDED).any() else held
@@ -111,17 +112,17 @@ def _hold_out(group, rank, wanted, lot, noun, why):
 
 def _hold_out_both(sentence, voice, rank, wanted, lots):
     """Speakers and what is said in their held-out clips; the sentences that others say least come first."""
-    sizes, worth = np.bincount(voice), np.bincount(voice, rank < AVOIDED)  # worth: clips that can be looked at
-    chosen, left = [], wanted
-    while left > 0 and len(chosen) < len(sizes) // 10:
-        free = np.setdiff1d(np.flatnonzero(sizes <= left + MOST_LOST * len(voice)), chosen)
+    sizes, worth = np.bincount(voice), np.bincount(voice, rank < AVOIDED).astype(int)  # worth: clips that can be looked at
+    chosen, left = np.zeros(len(sizes), bool), wanted
+    while left > 0 and chosen.sum() < len(sizes) // 10:
+        free = np.flatnonzero(~chosen & (worth > 0) & (sizes <= left + MOST_LOST * len(voice)))
         if not len(free):
             break
-        enough = free[worth[free] >= left]
-        order = np.lexsort((lots[1][enough], sizes[enough])) if len(enough) else np.lexsort((lots[1][free], -worth[free]))
-        chosen.append((enough if len(enough) else free)[order[0]])
-        left -= worth[chosen[-1]]
-    mine = np.isin(voice, chosen)
+        enough = free[worth[free] >= left]  # the smallest of these, or else the largest of all; among equals by lot
+        free, size = (enough, sizes[enough]) if len(enough) else (free, -worth[free])
+        pick = free[np.argmin(size * len(sizes) + lots[1][free])]
+        chosen[pick], left = True, left - worth[pick]
+    mine = chosen[voice]
     elsewhere = np.bincount(sentence[~mine], minlength=len(lots[0]))
     able = np.flatnonzero(mine & (rank < AVOIDED))
     able = able[np.lexsort((lots[0][sentence[able]], rank[able], elsewhere[sentence[able]]))][:wanted]
@@ -129,7 +130,7 @@ def _hold_out_both(sentence, voice, rank, wanted, lots):
     costs[seen] = elsewhere[sentence[able[seen]]]
     held = np.sort(able[costs.cumsum() <= MOST_LOST * len(voice) - (mine.sum() - len(able))])
     train = np.flatnonzero(~mine & ~np.isin(sentence, sentence[held]))
-    what = f"{_count(len(chosen), 'held-out speaker')} of {len(sizes)}, with their sentences"
+    what = f"{_count(int(chosen.sum()), 'held-out speaker')} of {len(sizes)}, with their sentences"
     return Split(train, held, len(voice), what)
 
 

@@ -13,7 +13,12 @@ from csm_nb.texts import make_sentences, split_of
 
 def make_rows(count, speaker, text):
     """`count` rows with the speaker and the sentence that the functions say for the row's number."""
-    return [{"speaker_id": f"p{speaker(i):04d}", "text": f"setning {text(i)}"} for i in range(count)]
+    return [{"speaker_id": f"p{speaker(i):04d}", "text": spell(text(i))} for i in range(count)]
+
+
+def spell(number):
+    """A sentence of its own for a number; in letters, as texts.split_of looks at words alone."""
+    return "setning " + "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
 def count_shared(train, held, key):
@@ -47,6 +52,7 @@ def test_when_everybody_reads_the_same_sentences_some_are_held_out_and_nothing_i
     (10_000, lambda i: i // 10, lambda i: i % 10, 9880, "text"),  # few sentences, each of a thousand: a speaker costs less
     (10_180, lambda i: 0 if i < 10_000 else i % 9 + 1, lambda i: i, 10_052, "speaker_id"),  # nearly all by one speaker
     (5000, lambda i: i // 2, lambda i: i, 4872, ""),  # two clips per speaker
+    (20_000, lambda i: i, lambda i: i, 19_872, ""),  # one
 ])
 def test_a_split_shares_only_what_it_must_and_says_so(count, speaker, text, kept, shared):
     train, held, how = split_rows(make_rows(count, speaker, text))
@@ -54,6 +60,7 @@ def test_a_split_shares_only_what_it_must_and_says_so(count, speaker, text, kept
     for key in ("speaker_id", "text"):
         assert (count_shared(train, held, key) > 0) == (key == shared), how
     assert (shared == "text") == ("sentences are on both sides" in how)
+    assert "test" not in {split_of(row["text"]) for row in held}
 
 
 @pytest.mark.parametrize("rows", [[], make_rows(1, int, int), make_rows(300, lambda i: 0, lambda i: 0),
@@ -96,7 +103,7 @@ def test_clips_too_long_for_a_row_are_held_out_last():
 
 def test_a_million_rows_are_split_in_seconds():
     count = 10**6
-    rows = datasets.Dataset.from_dict({"text": [f"setning {i % 700_000}" for i in range(count)],
+    rows = datasets.Dataset.from_dict({"text": [spell(i % 700_000) for i in range(count)],
                                        "speaker_id": [str(i % 3000) for i in range(count)]})
     start = time.monotonic()
     train, held, _ = split_rows(rows)

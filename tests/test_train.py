@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,23 @@ def test_a_text_weight_adds_the_loss_on_text(base, rows):
     with torch.no_grad():
         without, half, whole = (compute_loss(model, batch, (), w).loss.item() for w in (0.0, 0.5, 1.0))
     assert whole > without and half - without == pytest.approx((whole - without) / 2, rel=1e-3)
+
+
+def test_text_counts_by_its_tokens_in_whichever_batch_of_a_step_it_is(base, tmp_path):
+    rows = make_rows((5, 60))
+    rows[0]["text"], rows[1]["text"] = "Jeg vet ikke hva det er, men vi går hjem i dag.", "Nei."
+    losses = []
+    for recipe in (Recipe(1, batch_size=2), Recipe(1, accumulate=2)):
+        torch.manual_seed(0)
+        model = add_adapter(load_base("models/csm-mini", "cpu")[0], 4, 8, 0.0)
+        recipe = replace(recipe, max_tokens=80, text_weight=10.0, depth_ratio=1.0)
+        history = train_model(model, base[1], rows, rows, tmp_path / f"{recipe.accumulate}", recipe)
+        losses.append([row.get("loss", row.get("eval_loss")) for row in history])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=2e-3)
+    with torch.no_grad():  # before the step, held out and trained on are the same clips
+        clips = read(rows, base[1])
+        whole = compute_loss(model.unload(), batch_clips(clips, [0, 1]), (), 10.0).loss.item()
+    assert losses[0][:2] == pytest.approx([whole, whole], rel=2e-3)
 
 
 def test_rows_hold_every_clip_once_an_epoch_and_never_more_than_max_tokens(base):
