@@ -44,7 +44,7 @@ def measure_clips(model, processor, rows, recipe) -> np.ndarray:
             batch = collate([draw_clip(clips, index, recipe) for index in indices.tolist()])
             batch = {key: value.to(model.device) for key, value in batch.items()}
             with half_precision(model.device.type):  # as after a training, whose Trainer leaves it in the model's forward
-                output = compute_loss(model, batch)
+                output = compute_loss(model, batch, recipe.codebook_weights)
             losses.append(split_loss(output, batch, recipe.codebook_weights).cpu().numpy())
     finally:
         model.train(training)
@@ -93,8 +93,9 @@ def compare_losses(before, after) -> dict:
         because = f"{words}, a fall of {fall:.2f} (95 % interval {low:.2f} to {high:.2f})"
         if verdict == "no gain":
             because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
-            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2  # an interval is as wide as 1 / the root of the clips
-            if fall > LEAST_FALL and needed <= MOST_CLIPS:
+            # an interval is as wide as 1 / the root of the number of clips
+            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2 if fall > LEAST_FALL else math.inf
+            if needed <= MOST_CLIPS:
                 because += f", which about {math.ceil(needed)} clips would show"
     figures = {"first_loss": first, "last_loss": last, "loss_fall": fall, "loss_fall_low": low, "loss_fall_high": high}
     figures = {name: round(float(value), 4) for name, value in figures.items()}

@@ -106,6 +106,11 @@ def test_the_loss_of_a_clip_is_that_of_the_clip_alone(monkeypatch, weights):
     assert sorted(losses) == pytest.approx(sorted(expected), rel=1e-4)  # the shortest comes first
 
 
+def test_weights_that_no_training_takes_are_refused_in_words(training):
+    with pytest.raises(TrainingError, match="8 numbers"):
+        measure_clips(*training[:2], ROWS, Recipe(1, codebook_weights=(1, 2)))
+
+
 @pytest.mark.parametrize("count", range(1, 10))
 def test_every_clip_has_a_loss_whatever_is_drawn(training, count):
     rows = make_rows((1, 2, 3, 1, 2, 1, 1, 1, 1)[:count])  # transformers can not take as many depth frames as codebooks
@@ -140,9 +145,10 @@ def test_no_more_clips_are_measured_than_the_training_evaluates(training, monkey
     ([-0.3] * 20, "no gain", "a fall of -0.30 "),
     ([0.0] * 20, "no gain", "a fall of 0.00 "),
     ([0.5] * 19 + [float("nan")], "no gain", "a fall of nan "),
+    ([0.01, 0.02, 0.0] * 6, "no gain", "a fall of 0.01 .*whole interval$"),
     ([0.3] * 7, "unclear", "8 clips and more to decide: hold out 1 more"),
     ([0.3], "unclear", "hold out 7 more"),
-], ids=["every clip falls", "by a hair", "less than the spread", "it rises", "nothing", "no number", "few clips",
+], ids=["every clip falls", "by a hair", "less than the spread", "it rises", "nothing", "no number", "at the bound", "few clips",
         "one clip"])  # fmt: skip
 def test_learned_is_a_fall_beyond_the_spread_over_clips(falls, verdict, words):
     before = np.linspace(3, 9, len(falls))  # clips differ far more than the fall
