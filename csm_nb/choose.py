@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
 
-from csm_nb.batches import TrainingError, batch_clips, read_clips
+from csm_nb.batches import IGNORED, TrainingError, collate, pack_row, read_clips
 from csm_nb.checkpoints import has_finite_weights, list_checkpoints, load_weights
 from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, share_interval, transcribe
 from csm_nb.speak import speak
 from csm_nb.texts import VALIDATION_CLIPS, make_sentences
-from csm_nb.train import compute_loss, inner_model
+from csm_nb.train import compute_loss, half_precision, inner_model
 
 CHOICES = ("best", "last")
 TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
@@ -24,7 +25,7 @@ JUDGED = ("CER", "CER low", "CER high", "heard right", "low", "high", "runaways"
 
 @torch.no_grad()
 def measure_clips(model, processor, rows, recipe) -> np.ndarray:
-    """Return the loss of each held-out clip, shape (clips,): backbone + depth decoder, nats, weighed as the recipe weighs it.
+    """Return the loss of each held-out clip, shape (clips,), nats: backbone + depth decoder, weighed by codebook as trained.
 
     `rows` are the held-out token rows of train.split_rows, of which at most 128 are taken, as the training's own
     evaluations do. Clips, their order and the frames that the depth decoder is asked for follow from the recipe's seed, so
@@ -32,18 +33,41 @@ def measure_clips(model, processor, rows, recipe) -> np.ndarray:
     and random numbers are left as they were. Raises TrainingError when there is no clip.
     """
     clips = read_clips(rows, processor, recipe.max_tokens, inner_model(model).codec_model.config.frame_rate)
-    chosen = np.sort(np.random.default_rng(recipe.seed).permutation(clips.usable)[:VALIDATION_CLIPS])
+    chosen = np.random.default_rng(recipe.seed).permutation(clips.usable)[:VALIDATION_CLIPS]
+    chosen = chosen[np.argsort(clips.lengths[chosen], kind="stable")]  # clips of like length together: little padding
+    groups = np.cumsum(clips.lengths[chosen]) // recipe.max_tokens  # as many at once as a row of the training holds
     losses, training = [], model.training
     model.eval()  # no dropout
     try:
-        for index in chosen.tolist():
-            frames = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, index]).integers(2**62)))
-            batch = batch_clips(clips, [index], recipe.depth_ratio, frames)
+        for indices in np.split(chosen, np.flatnonzero(np.diff(groups)) + 1):
+            batch = collate([draw_clip(clips, index, recipe) for index in indices.tolist()])
             batch = {key: value.to(model.device) for key, value in batch.items()}
-            losses.append(compute_loss(model, batch, recipe.codebook_weights, recipe.text_weight).loss.item())
+            with half_precision(model.device.type):  # as after a training, whose Trainer leaves it in the model's forward
+                output = compute_loss(model, batch, recipe.codebook_weights)
+            losses.append(split_loss(output, batch, recipe.codebook_weights).cpu().numpy())
     finally:
         model.train(training)
-    return np.array(losses)
+    return np.concatenate(losses).astype(float)
+
+
+def draw_clip(clips, index: int, recipe) -> dict:
+    """Return a clip alone in a row (batches.pack_row), with two frames and more for the depth decoder, the same every time."""
+    generator = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, index]).integers(2**62)))
+    frames = clips.lengths[index] - len(clips.input_ids[index])
+    return pack_row(clips, [index], max(recipe.depth_ratio, 2 / frames), generator)  # collate may take one away
+
+
+def split_loss(output, batch: dict, codebook_weights=()) -> torch.Tensor:
+    """Return the loss of each row of `batch`, shape (rows,), of the model's output for all of them: train.compute_loss' own
+    when there is one row."""
+    weights = torch.tensor(codebook_weights or [1.0] * batch["codes"].shape[-1], dtype=torch.float32, device=output.logits.device)
+    weights = weights / weights.mean()
+    backbone = cross_entropy(output.logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+    backbone = backbone.sum(1) / (batch["labels"][:, 1:] != IGNORED).sum(1)
+    drawn, targets = batch["depth_frames"], batch["codes"][batch["depth_frames"]][:, 1:]
+    depth = cross_entropy(output.depth_decoder_logits.float().transpose(1, 2), targets, reduction="none")
+    depth = torch.zeros_like(backbone).index_add(0, drawn.nonzero()[:, 0], (depth * weights[1:]).mean(1)) / drawn.sum(1)
+    return weights[0] * backbone + depth
 
 
 def compare_losses(before, after) -> dict:
@@ -68,8 +92,9 @@ def compare_losses(before, after) -> dict:
         because = f"{words}, a fall of {fall:.2f} (95 % interval {low:.2f} to {high:.2f})"
         if verdict == "no gain":
             because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
-            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2  # an interval is as wide as 1 / the root of the clips
-            if fall > LEAST_FALL and needed <= MOST_CLIPS:
+            # an interval is as wide as 1 / the root of the number of clips
+            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2 if fall > LEAST_FALL else math.inf
+            if needed <= MOST_CLIPS:
                 because += f", which about {math.ceil(needed)} clips would show"
     figures = {"first_loss": first, "last_loss": last, "loss_fall": fall, "loss_fall_low": low, "loss_fall_high": high}
     figures = {name: round(float(value), 4) for name, value in figures.items()}
@@ -192,16 +217,15 @@ def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
         intervals = [bootstrap_interval(gain) for gain in gains]
         table = table.assign(**{"better by": [gain.mean() for gain in gains], "better low": [low for low, _ in intervals],
                                 "better high": [high for _, high in intervals]})
-        why = pd.Series([f"its score is better by {gain.mean():.3f} ({low:.3f} to {high:.3f}) than that of step "
-                         f"{table.step[best]}, over {len(gain)} texts"
+        why = pd.Series([f"by {gain.mean():.3f} ({low:.3f} to {high:.3f}) over {len(gain)} texts"
                          for (low, high), gain in zip(intervals, gains, strict=True)], index=table.index)
         better = table[table["better low"] > 0]
-        why[better.index] = "beyond the interval " + why[better.index]
-        rest = table.index.difference([*better.index, best])
-        why[rest] = "a higher loss, and within the interval " + why[rest]
-        why[best] = "the lowest held-out loss" + ("" if len(better) else "; no other is better beyond the interval")
         if len(better):
             chosen = better.sort_values(["better by", "held-out loss"], ascending=[False, True]).index[0]
+        step = table.step[best]
+        why[table["better low"] > 0] = f"a better score than step {step}, beyond the interval: " + why
+        why[table["better low"] <= 0] = f"a higher loss than step {step}, and no better score beyond the interval: " + why
+        why[best] = "the lowest held-out loss" + ("" if len(better) else "; no other has a better score beyond the interval")
     return table.assign(**{"chosen": table.index == chosen, "by loss": table.index == best, "why": why})
 
 
