@@ -75,7 +75,8 @@ def test_probes_and_held_out_sentences_are_separate_rows():
 
 @pytest.mark.parametrize(("heard", "said"), [
     (["no"] * 20 + ["da"] * 20, "unclear: the judge hears 20 of 40, 50 % (35 to 65 %) of the reference"),
-    (["no"] * 36 + ["da"] * 4, "unclear: the judge hears 36 of 40, 90 % (77 to 96 %) of the reference; some 62 sentences would decide"),
+    (["no"] * 36 + ["da"] * 4,
+     "unclear: the judge hears 36 of 40, 90 % (77 to 96 %) of the reference; some 62 sentences would decide"),
 ])  # fmt: skip
 def test_a_deaf_judge_makes_the_verdict_unclear_however_well_the_adapter_does(heard, said):
     verdict, metrics = judge_verdict(make_rows("reference", heard), make_rows("lora_no", ["no"] * 40), "no")
