@@ -185,7 +185,8 @@ def judge_verdict(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) 
                          for rows in (reference, spoken))
     table = pd.concat([share_right(reference), share_right(spoken)])
     own = spoken[_is_own(spoken) & (spoken.language == language)]
-    own, ceiling = (rows[rows.on == HELD_OUT] if "on" in rows else rows for rows in (own, reference[reference.language == language]))
+    ceiling = reference[reference.language == language]
+    own, ceiling = (rows[rows.on == HELD_OUT] if "on" in rows else rows for rows in (own, ceiling))
     right, count = int((own.heard == language).sum()), len(own)
     judged, asked = int((ceiling.heard == language).sum()), len(ceiling)
     metrics = {"table": table.to_dict("records"), "on": HELD_OUT, "ceiling": judged / asked if asked else None}
@@ -218,8 +219,8 @@ def describe_verdict(verdict: str, metrics: dict, language: str) -> str:
     """Return the verdict in words with what it rests on: shares with both bounds, for the adapter and for the reference."""
     parts = [f"{get_language(language).name}: {verdict}."]
     if "right" in metrics and not verdict.startswith("unclear"):
-        parts.append(f"Of {metrics['sentences']} held-out sentences {100 * metrics['heard_right']:.0f} % are heard as {language}, "
-                     f"95 % interval {100 * metrics['low']:.0f} to {100 * metrics['high']:.0f} %.")
+        parts.append(f"Of {metrics['sentences']} held-out sentences {100 * metrics['heard_right']:.0f} % are heard as "
+                     f"{language}, 95 % interval {100 * metrics['low']:.0f} to {100 * metrics['high']:.0f} %.")
     if metrics["ceiling"] is not None:
         parts.append(f"Of the reference audio {100 * metrics['ceiling']:.0f} %, "
                      f"{100 * metrics['ceiling_low']:.0f} to {100 * metrics['ceiling_high']:.0f} %.")

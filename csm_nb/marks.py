@@ -180,7 +180,7 @@ def align_text(asr, wav, text: str) -> tuple[list[tuple[float, float, float] | N
     language model or without, which gives no times. Raises ValueError for another, for a text that is too long for the
     clip, and for one of which no letter is known.
     """
-    if asr.type not in ("ctc", "ctc_with_lm"):  # a language model writes other words, and the times are the letters' all the same
+    if asr.type not in ("ctc", "ctc_with_lm"):
         raise ValueError(f"a {asr.model.config.model_type} model gives no times; align_model has to be a CTC recogniser")
     extractor, tokenizer = asr.feature_extractor, asr.tokenizer
     samples = resample(wav, SAMPLE_RATE, extractor.sampling_rate)

@@ -79,8 +79,9 @@ def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1
 def read_default_run(runs, base) -> dict | None:
     """What the newest `make run` under `runs` on the model folder `base` found; None where it is not complete.
 
-    {"adapters": {language: {"cer", "heard_right", "low", "high", "runaways", "sentences"}}, "minutes": from the first start to the last
-    end}. Runs that were skipped because they were done before count where they were made.
+    {"adapters": {language: {"cer", "heard_right", "low", "high", "runaways", "sentences"}}, "minutes": from the first start
+    to the last end}; of an adapter's language and its held-out sentences. Runs that were skipped
+    because they were done before count where they were made.
     """
     records, adapters = [], {}
     for code in NORDIC:

@@ -158,7 +158,10 @@ _ORDINALS = {"no": {"syvende": "sjuende", "trettførste": "trettende"}, "sv": {"
 
 
 def spell_ordinal(number: int, language: str) -> str:
-    """Return an ordinal below 100 in words, masculine where there is a choice, mended where num2words errs; above: the cardinal."""
+    """Return an ordinal below 100 in words, masculine where there is a choice, mended where num2words errs.
+
+    Of a number above it is the cardinal.
+    """
     if not 0 < number < 100:
         return spell_number(number, language)
     if language == "da" and number >= 20:
@@ -314,7 +317,7 @@ def _read_hundreds(text, language):
         if not found:
             continue
         many = count if head in words.ones else small.get(head, 0) if count == 1 else 0
-        rest = _read_rest(rest, language, lambda part, _: small.get(part, small.get("o" + part) if hundred == "cent" else None))
+        rest = _read_rest(rest, language, _read_small)
         if 0 < many < 20 and rest is not None:
             return many * 100 + rest
     if words.pairs:
@@ -327,6 +330,12 @@ def _read_hundreds(text, language):
                 if 0 < unit < 10:
                     return first * 100 + unit
     return None
+
+
+def _read_small(text, language):
+    """Up to 99; Italian drops a vowel before otto and ottanta: centotto."""
+    small = _list_small(language)
+    return small.get(text, small.get("o" + text) if language == "it" else None)
 
 
 def _read_rest(text, language, read):

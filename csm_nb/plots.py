@@ -351,7 +351,8 @@ def draw_confusions(matrices):
 def draw_error_rates(rows):
     """Return a bar chart of the mean CER by model, a panel per language, whiskers the 95 % bootstrap interval over clips.
 
-    `rows` has the columns model, language and cer (1 is 100 %, and a clip counts as no more); bars are in the order in which the models come.
+    `rows` has the columns model, language and cer (1 is 100 %, and a clip counts as no more); bars are in the order in
+    which the models come.
     """
     rows = rows[np.isfinite(rows.cer)]
     languages = list(dict.fromkeys(rows.language))

@@ -62,7 +62,8 @@ def tabulate_errors(heard: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for condition, part in heard.groupby("condition", sort=False):
         rates = part.cer_percent.dropna().to_numpy() / 100
-        figures = {name: f"{100 * value:.1f}" if np.isfinite(value) else "not measured" for name, value in average_cer(rates).items()}
+        figures = {name: f"{100 * value:.1f}" if np.isfinite(value) else "not measured"
+                   for name, value in average_cer(rates).items()}
         rows.append({
             "condition": condition, "mean CER (%)": figures["CER"] + (
                 f" ({figures['CER low']} to {figures['CER high']})" if len(rates) else ""),

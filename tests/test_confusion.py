@@ -24,6 +24,7 @@ from csm_nb.confusion import (
 )
 from csm_nb.csm import AdapterError, load_base, save_adapter, save_full, start_training
 from csm_nb.languages import LANGUAGES
+from csm_nb.params import find_inputs
 from csm_nb.plots import draw_confusions
 
 SPEAKERS = [{"number": number, "corpus": "a", "content": "b", "speaker": str(number), "clips": number, "hours": 0.1,
@@ -80,7 +81,8 @@ def test_probes_and_held_out_sentences_are_separate_rows():
 
 @pytest.mark.parametrize(("heard", "said"), [
     (["no"] * 20 + ["da"] * 20, "unclear: the judge hears 20 of 40, 50 % (35 to 65 %) of the reference"),
-    (["no"] * 36 + ["da"] * 4, "unclear: the judge hears 36 of 40, 90 % (77 to 96 %) of the reference; some 62 sentences would decide"),
+    (["no"] * 36 + ["da"] * 4,
+     "unclear: the judge hears 36 of 40, 90 % (77 to 96 %) of the reference; some 62 sentences would decide"),
 ])  # fmt: skip
 def test_a_deaf_judge_makes_the_verdict_unclear_however_well_the_adapter_does(heard, said):
     verdict, metrics = judge_verdict(make_rows("reference", heard), make_rows("lora_no", ["no"] * 40), "no")
@@ -242,3 +244,12 @@ def test_a_number_that_the_recogniser_writes_in_digits_is_no_error(monkeypatch):
     rows = pd.DataFrame({"language": ["no", "da"], "text": ["Klokka er sju.", "Halvtreds æbler"], "wav": [np.ones(48_000)] * 2})
     judged = judge_speech(rows, None, {"no": "Klokka er 7", "da": "50 æbler"})
     assert judged.cer.tolist() == [0, 0] and not judged.hallucinated.any()
+
+
+@pytest.mark.parametrize("compare", [["sv"], ["no", "sv"], ["sv", "sv"]])
+def test_the_adapter_of_the_language_is_an_input_also_where_compare_leaves_it_out(compare, tmp_path):
+    for code in ("no", "sv"):
+        (tmp_path / f"lora_{code}").mkdir()
+        (tmp_path / f"lora_{code}/adapter_config.json").write_text("{}")
+    given = {"language": "no", "compare": compare, "adapters_dir": str(tmp_path), "method": "lora"}
+    assert {"lora_no", "lora_sv"} <= find_inputs(given).keys()

@@ -114,8 +114,9 @@ def whispers(tmp_path_factory):
         tokenizer.add_special_tokens({"additional_special_tokens": names})
         end, start, *languages, task, plain = tokenizer.convert_tokens_to_ids(names)
         ids = {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": end, "bos_token_id": end}
-        config = WhisperConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                               decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, **ids)
+        config = WhisperConfig(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1,
+                               encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+                               decoder_ffn_dim=16, **ids)
         torch.manual_seed(0)
         model = WhisperForConditionalGeneration(config)
         model.generation_config = GenerationConfig(max_length=448, suppress_tokens=[end, start, *languages, task, plain], **ids)
@@ -174,8 +175,9 @@ def test_error_rates_do_not_count_case_and_punctuation_but_letters():
 
 
 @pytest.mark.parametrize(("language", "said", "written"), [
-    ("no", "Klokka er sju.", "Klokka er 7."), ("no", "Tjuesju eller sju og tyve", "27 eller 27"), ("da", "halvtreds kroner", "50 kroner"),
-    ("sv", "Fem procent av tjugo", "5 % av 20"), ("de", "siebenundzwanzig Äpfel", "27 Äpfel"), ("fr", "quatre-vingts jours", "80 jours"),
+    ("no", "Klokka er sju.", "Klokka er 7."), ("no", "Tjuesju eller sju og tyve", "27 eller 27"),
+    ("da", "halvtreds kroner", "50 kroner"), ("sv", "Fem procent av tjugo", "5 % av 20"),
+    ("de", "siebenundzwanzig Äpfel", "27 Äpfel"), ("fr", "quatre-vingts jours", "80 jours"),
     ("en", "nineteen eighty-four", "1984"), ("es", "veintidós", "22"), ("it", "tre", "3"), ("nl", "drieëntwintig", "23"),
     ("pl", "dwadzieścia", "20"),
 ])  # fmt: skip
@@ -188,8 +190,9 @@ def test_another_number_is_an_error():
 
 
 @pytest.mark.parametrize(("text", "kept"), [
-    ("a\u030a", "å"), ("L’homme", "l'homme"), ("‘s avonds, foto’s", "'s avonds foto's"), ("«‘Hello’»", "hello"), ("rock 'n' roll", "rock 'n' roll"),
-    ("ɔ\u0303 m\u0304", "ɔ\u0303 m\u0304"), ("Kranken\u00adhaus", "krankenhaus"), ("Łódź, ẞ", "łódź ß"), ("snake_case", "snake case"),
+    ("a\u030a", "å"), ("L’homme", "l'homme"), ("‘s avonds, foto’s", "'s avonds foto's"), ("«‘Hello’»", "hello"),
+    ("rock 'n' roll", "rock 'n' roll"), ("ɔ\u0303 m\u0304", "ɔ\u0303 m\u0304"), ("Kranken\u00adhaus", "krankenhaus"),
+    ("Łódź, ẞ", "łódź ß"), ("snake_case", "snake case"),
 ])  # fmt: skip
 def test_letters_accents_and_apostrophes_are_kept(text, kept):
     assert normalise_text(text) == normalise_text(text, "no") == kept

@@ -51,12 +51,14 @@ def test_runs_that_are_missing_or_on_other_models_are_not_counted(runs):
 def test_the_table_shows_what_was_missed_as_it_shows_what_was_reached(runs):
     judged = {"asr": {"unheard": {"no": 0.04, "fr": 0.3}}, "lid": {"unheard": {"no": 1.0, "fr": 0.5}}}
     figures = {
-        "clips": 30, "original": judged, "decoded": judged, "megabytes": 24.96, "codec": {"f0_correlation": "0.5", "f0_rmse_cents": "99"},
+        "clips": 30, "original": judged, "decoded": judged,
+        "megabytes": 24.96, "codec": {"f0_correlation": "0.5", "f0_rmse_cents": "99"},
         "base": {"cer": 0.4, "runaways": 0.1, "heard": {"no": {"en": 0.9}, "sv": {"en": 1.0}, "da": {}}},
         "run": read_default_run(runs, runs.parent / "base"),
     }
     table = tabulate(figures)
     for cell in ("17.0 (4.0 to 30.0) %", "| 40.0 % | <= 15 % |", "no 90 %, sv 100 %, da 0 %", "25.0 MB",
-                 "no 10 %, sv 10 %, da 10 %", "3 of 120 sentences", "no 95 (84 to 99) %", "75.0 (50.0 to 100.0) %, 95 % interval 62.8 to 84.2 %", "18.0 minutes"):
+                 "no 10 %, sv 10 %, da 10 %", "3 of 120 sentences", "no 95 (84 to 99) %",
+                 "75.0 (50.0 to 100.0) %, 95 % interval 62.8 to 84.2 %", "18.0 minutes"):
         assert cell in table
     assert "no complete run" in tabulate(figures | {"run": None})
