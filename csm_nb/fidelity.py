@@ -267,7 +267,7 @@ def tabulate(summary: pd.DataFrame) -> pd.DataFrame:
     """
     most = summary.groupby("condition").measured.max()
     text = [format_figure(row.figure, row.low, row.high)
-            + (f", of {row.measured}" if 0 < row.measured < most[row.condition] else "") for row in summary.itertuples()]
+            + (f", {row.measured} measured" if 0 < row.measured < most[row.condition] else "") for row in summary.itertuples()]
     wide = summary.assign(text=text).pivot(index="condition", columns="measure", values="text")
     wide = wide.loc[summary.condition.unique(), summary.measure.unique()].rename(columns=LABELS | sounds.LABELS)
     return wide.assign(measured=most)

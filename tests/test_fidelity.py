@@ -135,7 +135,7 @@ def test_a_summary_names_its_statistic_and_a_share_has_wilson_s_interval():
 def test_a_figure_over_fewer_clips_than_its_row_says_so():
     measures = pd.DataFrame({"condition": "8 codebooks", "stoi": [1.0, 1.0, 1.0], "pesq": [3.0, 3.0, np.nan]})
     row = fidelity.tabulate(fidelity.summarise(measures, ["stoi", "pesq"])).loc["8 codebooks"]
-    assert (row["STOI"], row["PESQ-WB"], row["measured"]) == ("1.00 (1.00 to 1.00)", "3.0 (3.0 to 3.0), of 2", 3)
+    assert (row["STOI"], row["PESQ-WB"], row["measured"]) == ("1.00 (1.00 to 1.00)", "3.0 (3.0 to 3.0), 2 measured", 3)
 
 
 @pytest.fixture(scope="module")
