@@ -225,9 +225,10 @@ def measure_clips(clips, method: str = "praat") -> pd.DataFrame:
 
 
 def list_unmeasured(measures: pd.DataFrame) -> pd.DataFrame:
-    """Return which clips count in no figure, or not in all: clip, the conditions it is so in, and the reason."""
-    part = measures[measures.reason != ""]
-    grouped = part.groupby(["clip", "reason"], sort=False).condition.agg(", ".join).reset_index()
+    """Return which clips count in no figure, or not in all: clip, the conditions it is so in ("all"), and the reason."""
+    part, every = measures[measures.reason != ""], measures.condition.nunique()
+    grouped = part.groupby(["clip", "reason"], sort=False).condition.unique()
+    grouped = grouped.map(lambda names: "all" if len(names) == every else ", ".join(names)).reset_index()
     return grouped[["clip", "condition", "reason"]]
 
 
