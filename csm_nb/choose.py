@@ -62,7 +62,7 @@ def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: st
     texts = [text for text in texts for _ in range(TAKES)]
     said = speak(model, processor, texts, speaker_id, seed=seed)
     wavs = [s.wav for s in said]
-    cer = character_error_rates(texts, transcribe(asr, wavs)).clip(max=1).reshape(-1, TAKES).mean(1)
+    cer = character_error_rates(texts, transcribe(asr, wavs), language).clip(max=1).reshape(-1, TAKES).mean(1)
     right = np.array([max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs)], dtype=float)
     right, runaways = right.reshape(-1, TAKES).mean(1), float(np.mean([not s.ended for s in said]))
     (cer_low, cer_high), (low, high) = bootstrap_interval(cer), bootstrap_interval(right)

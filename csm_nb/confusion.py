@@ -4,14 +4,28 @@ import numpy as np
 import pandas as pd
 
 from csm_nb.csm import load_adapter, load_base
-from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, transcribe
-from csm_nb.languages import get_language
+from csm_nb.judge import (
+    average_cer,
+    bootstrap_interval,
+    character_error_rates,
+    confusion_matrix,
+    count_needed,
+    decide_share,
+    find_hallucinations,
+    identify_languages,
+    share_interval,
+    transcribe,
+    write_needed,
+    write_share,
+)
+from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.params import TRAINED, resolve_path
 from csm_nb.speak import speak
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 
-CLEAR = 0.9  # share of a language's sentences that must be heard as that language
+HOME = "en"  # what the base model was taught
+PROBES, HELD_OUT = "probes", "held-out"  # the kinds of sentences; nothing was chosen on the held-out ones
 
 
 def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[str]]:
@@ -21,11 +35,33 @@ def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[s
     return found, [code for code in languages if code not in found]
 
 
+def list_languages(language: str, compare) -> list[str]:
+    """Return the languages that are told apart: those of `compare` once each, in its order, and `language` in any case."""
+    return list(dict.fromkeys([*compare, *([] if language in compare else [language])]))
+
+
 def list_sentences(languages, count: int, seed: int = 0) -> pd.DataFrame:
-    """Probes and `count` held-out sentences of each language: columns language, text, probe (bool)."""
+    """Return the probes and `count` held-out sentences of each language, once each.
+
+    Columns: language, text, probe (bool), on ("probes" or "held-out").
+    """
+    languages = list(dict.fromkeys(languages))
     rows = [(code, text, True) for code in languages for text in get_language(code).probes]
     rows += [(code, text, False) for code in languages for text in make_sentences(code, count, seed, "test")]
-    return pd.DataFrame(rows, columns=["language", "text", "probe"])
+    prompts = pd.DataFrame(rows, columns=["language", "text", "probe"])
+    return prompts.assign(on=np.where(prompts.probe, PROBES, HELD_OUT))
+
+
+def list_prompts(language: str, compare, count: int, seed: int = 0) -> pd.DataFrame:
+    """Return what is read in 04: `count` held-out sentences of `language` and of English, and the probes of all languages.
+
+    As list_sentences, with the column `cross`: whether adapters of other languages read it as well. They read the probes
+    of the languages that are compared; English beside those is for the base alone, whose language it is.
+    """
+    compared = list_languages(language, compare)
+    prompts = list_sentences([*compared, HOME], count, seed)
+    prompts = prompts[prompts.probe | prompts.language.isin([language, HOME])].reset_index(drop=True)
+    return prompts.assign(cross=prompts.probe & prompts.language.isin(compared))
 
 
 def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
@@ -55,28 +91,60 @@ def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: 
 
 
 def judge_speech(rows: pd.DataFrame, lid, asr: dict) -> pd.DataFrame:
-    """Adds what the judges heard: heard (language), confidence of the language that was read, transcript, cer."""
+    """Add what the judges heard: heard (language), confidence of the language that was read, transcript, cer, hallucinated.
+
+    `asr` maps a language to its recogniser; cer may be above 1, and is counted as 1 at most wherever it is averaged.
+    """
+    rows = rows.reset_index(drop=True)
     scores = identify_languages(lid, list(rows.wav))
     rows = rows.assign(heard=[max(s, key=s.get) for s in scores],
-                       confidence=[s.get(code, 0.0) for s, code in zip(scores, rows.language, strict=True)])
-    transcripts = pd.Series("", index=rows.index)
+                       confidence=[s.get(code, 0.0) for s, code in zip(scores, rows.language, strict=True)],
+                       transcript="", cer=np.nan, hallucinated=False)
     for code, part in rows.groupby("language"):
-        transcripts[part.index] = transcribe(asr[code], list(part.wav))
-    return rows.assign(transcript=transcripts, cer=character_error_rates(list(rows.text), list(transcripts)))
+        texts = transcribe(asr[code], list(part.wav))
+        rows.loc[part.index, "transcript"] = texts
+        rows.loc[part.index, "cer"] = character_error_rates(part.text, texts, code)
+        rows.loc[part.index, "hallucinated"] = find_hallucinations(texts, list(part.wav))
+    return rows
 
 
 def share_right(rows: pd.DataFrame) -> pd.DataFrame:
-    """By model and language read: share heard as that language and mean CER, each with a 95 % interval; runaways; n."""
+    """Return, by model, language read and kind of sentence: share heard as that language, CER, runaways, n.
+
+    The share has Wilson's 95 % interval, the mean CER a bootstrap one, both over sentences; a sentence's CER counts as 1
+    at most (judge.average_cer). The column `on` says which sentences: probes, or held-out ones.
+    """
+    kinds = rows.get("on", pd.Series(HELD_OUT, index=rows.index))
+    made_up = rows.get("hallucinated", pd.Series(False, index=rows.index))
     table = []
-    for (name, code), part in rows.groupby(["model", "language"], sort=False):
-        right = (part.heard == code).to_numpy(float)
-        (right_low, right_high), (cer_low, cer_high) = bootstrap_interval(right), bootstrap_interval(part.cer.to_numpy())
+    for (name, code, kind), part in rows.assign(on=kinds, hallucinated=made_up).groupby(["model", "language", "on"], sort=False):
+        right = int((part.heard == code).sum())
+        low, high = share_interval(right, len(part))
         table.append({
-            "model": name, "read": code, "heard right": right.mean(), "low": right_low, "high": right_high,
-            "heard most": part.heard.mode()[0], "CER": part.cer.mean(), "CER low": cer_low, "CER high": cer_high,
-            "runaways": int((~part.ended).sum()), "sentences": len(part),
+            "model": name, "read": code, "on": kind, "heard right": right / len(part), "low": low, "high": high,
+            "heard most": part.heard.mode()[0], **average_cer(part.cer), "hallucinations": int(part.hallucinated.sum()),
+            "runaways": int((~part.ended.astype(bool)).sum()), "sentences": len(part),
         })
     return pd.DataFrame(table).round(3)
+
+
+def _is_own(rows):
+    """Which rows are of an adapter, or a fully trained model, that reads its own language."""
+    return np.logical_or.reduce([rows.model == f"{method}_" + rows.language for method in TRAINED])
+
+
+def list_confusions(reference: pd.DataFrame, spoken: pd.DataFrame, languages) -> list[tuple[str, pd.DataFrame]]:
+    """Return (title, counts) of the probes of `languages`, read against heard: reference, base, each by its own adapter."""
+    sets = (("reference", reference), ("base", spoken[spoken.model == "base"]), ("own adapter", spoken[_is_own(spoken)]))
+    probes = [(name, rows[rows.probe & rows.language.isin(languages)]) for name, rows in sets]
+    return [(f"{name}, probes", confusion_matrix(rows.language, rows.heard, languages)) for name, rows in probes if len(rows)]
+
+
+def count_heard(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) -> pd.DataFrame:
+    """Return counts of what was heard in the held-out sentences of `language`: a row per model, reference and base first."""
+    rows = pd.concat([reference, spoken])
+    rows = rows[(rows.language == language) & (rows.on == HELD_OUT)]
+    return pd.crosstab(rows.model, rows.heard).reindex(list(dict.fromkeys(rows.model))).rename_axis("read by")
 
 
 def pair_with_reference(rows: pd.DataFrame, reference: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
@@ -84,7 +152,7 @@ def pair_with_reference(rows: pd.DataFrame, reference: pd.DataFrame) -> list[tup
 
     (label, wav) each; the label says what the ASR wrote and how far that is from the text.
     """
-    originals = reference.set_index(["language", "text"])
+    originals = reference.drop_duplicates(["language", "text"]).set_index(["language", "text"])
     clips = []
     for row in rows.itertuples():
         original = originals.loc[(row.language, row.text)]
@@ -94,25 +162,57 @@ def pair_with_reference(rows: pd.DataFrame, reference: pd.DataFrame) -> list[tup
 
 
 def judge_verdict(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) -> tuple[str, dict]:
-    """("clear" | "bleeds into xx" | "unclear: why", metrics) for the adapter of `language` reading its own sentences.
+    """Return ("clear" | "bleeds into xx" | "unclear: why", metrics) for the adapter of `language` reading its own sentences.
 
-    Clear from 90 % heard right; unclear when the judge itself does not reach that on the reference audio. What it bleeds
-    into is what was heard most instead, all of them where several were heard equally often.
+    Only held-out sentences count. By judge.decide_share: clear from 90 % heard right with a lower bound of 80 % or more,
+    bleeds when the upper bound is below 90 %, else unclear with how many sentences would decide; unclear as well when the
+    judge itself is not clear on the reference audio by the same rule. What it bleeds into is the language heard most
+    instead, all of them where several were heard equally often.
     """
+    reference, spoken = (rows.drop_duplicates(["model", "language", "text"]) if "text" in rows else rows
+                         for rows in (reference, spoken))
     table = pd.concat([share_right(reference), share_right(spoken)])
-    own = spoken[spoken.model.isin([f"{method}_{language}" for method in TRAINED]) & (spoken.language == language)]
-    ceiling = float((reference[reference.language == language].heard == language).mean())
-    metrics = {"table": table.to_dict("records"), "ceiling": ceiling}
-    if len(own) == 0:
-        return "unclear: no adapter", metrics
-    heard = own.heard.value_counts(normalize=True)
-    metrics |= {"heard_right": float(heard.get(language, 0.0)), "cer": float(own.cer.mean()), "runaways": int((~own.ended).sum())}
-    if ceiling < CLEAR:
-        return f"unclear: judge hears {ceiling:.0%} of the reference", metrics
-    if metrics["heard_right"] >= CLEAR:
+    own = spoken[_is_own(spoken) & (spoken.language == language)]
+    ceiling = reference[reference.language == language]
+    own, ceiling = (rows[rows.on == HELD_OUT] if "on" in rows else rows for rows in (own, ceiling))
+    right, count = int((own.heard == language).sum()), len(own)
+    judged, asked = int((ceiling.heard == language).sum()), len(ceiling)
+    metrics = {"table": table.to_dict("records"), "on": HELD_OUT, "ceiling": judged / asked if asked else None}
+    metrics |= dict(zip(("ceiling_low", "ceiling_high"), share_interval(judged, asked), strict=True)) if asked else {}
+    if count == 0:
+        named = spoken.model.isin([f"{method}_{language}" for method in TRAINED]).any()
+        return f"unclear: {'no held-out sentence was read' if named else 'no adapter'}", metrics
+    low, high = share_interval(right, count)
+    cer = average_cer(own.cer)
+    metrics |= {
+        "heard_right": right / count, "low": low, "high": high, "sentences": count, "right": right,
+        "cer": cer["CER"], "cer_low": cer["CER low"], "cer_high": cer["CER high"], "cer_median": cer["CER median"],
+        "cer_over_half": cer["CER over 50 %"], "runaways": int((~own.ended.astype(bool)).sum()),
+        "sentences_needed": count_needed(right, count),
+    }
+    if decide_share(judged, asked) != "clear":
+        why = "" if decide_share(judged, asked) == "below" else f"; {write_needed(count_needed(judged, asked))}"
+        return f"unclear: the judge hears {write_share(judged, asked)} of the reference{why}", metrics
+    decided = decide_share(right, count)
+    if decided == "clear":
         return "clear", metrics
-    wrong = heard.drop(language, errors="ignore")
-    return f"bleeds into {', '.join(sorted(wrong.index[wrong == wrong.max()]))}", metrics
+    if decided == "unclear":
+        return f"unclear: {write_share(right, count)} heard as {language}; {write_needed(metrics['sentences_needed'])}", metrics
+    wrong = own.heard[own.heard.isin(set(LANGUAGES) - {language})].value_counts()
+    heard = ", ".join(sorted(wrong.index[wrong == wrong.max()])) or "no language that is told apart here"
+    return f"bleeds into {heard}", metrics
+
+
+def describe_verdict(verdict: str, metrics: dict, language: str) -> str:
+    """Return the verdict in words with what it rests on: shares with both bounds, for the adapter and for the reference."""
+    parts = [f"{get_language(language).name}: {verdict}."]
+    if "right" in metrics and not verdict.startswith("unclear"):
+        parts.append(f"Of {metrics['sentences']} held-out sentences {100 * metrics['heard_right']:.0f} % are heard as "
+                     f"{language}, 95 % interval {100 * metrics['low']:.0f} to {100 * metrics['high']:.0f} %.")
+    if metrics["ceiling"] is not None:
+        parts.append(f"Of the reference audio {100 * metrics['ceiling']:.0f} %, "
+                     f"{100 * metrics['ceiling_low']:.0f} to {100 * metrics['ceiling_high']:.0f} %.")
+    return " ".join(parts)
 
 
 def judge_inputs(texts, speech: dict, asr, language: str) -> pd.DataFrame:
@@ -122,16 +222,17 @@ def judge_inputs(texts, speech: dict, asr, language: str) -> pd.DataFrame:
         heard = transcribe(asr, [s.wav for s in said])
         parts.append(pd.DataFrame({
             "model": name, "language": language, "text": texts, "wav": [s.wav for s in said], "ended": [s.ended for s in said],
-            "transcript": heard, "cer": character_error_rates(texts, heard),
+            "transcript": heard, "cer": character_error_rates(texts, heard, language),
         }))
     return pd.concat(parts, ignore_index=True)
 
 
 def compare_inputs(rows: pd.DataFrame, spelled: list[dict], phonemic: list[dict]) -> tuple[str, dict]:
-    """("phonemes" | "spelling" | "no difference", metrics): the paired CER difference, spelling minus phonemes.
+    """("phonemes" | "spelling" | "no difference shown (n = ..)", metrics): the paired CER difference, spelling minus phonemes.
 
-    The interval is a 95 % bootstrap over sentences; a side wins when it leaves out zero.
+    The interval is a 95 % bootstrap over sentences, of which each counts as 1 at most; a side wins when it leaves out zero.
     """
+    rows = rows.assign(cer=rows.cer.clip(upper=1))
     by_text = rows.pivot_table(index="text", columns="model", values="cer")
     difference = (by_text["spelling"] - by_text["phonemes"]).to_numpy()
     low, high = bootstrap_interval(difference)
@@ -142,5 +243,5 @@ def compare_inputs(rows: pd.DataFrame, spelled: list[dict], phonemic: list[dict]
         "cer_difference": float(np.mean(difference)), "low": float(low), "high": float(high), "sentences": len(by_text),
         "loss_spelling": last["spelling"], "loss_phonemes": last["phonemes"],
     }
-    verdict = "phonemes" if low > 0 else "spelling" if high < 0 else "no difference"
+    verdict = "phonemes" if low > 0 else "spelling" if high < 0 else f"no difference shown (n = {len(by_text)})"
     return verdict, metrics

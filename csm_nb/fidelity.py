@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import soundfile
-from scipy.stats import binomtest
 
 from csm_nb import sounds
 from csm_nb.audio import SAMPLE_RATE, read_audio
 from csm_nb.codec import decode, encode
 from csm_nb.corpora import check_clips, load_corpus, read_manifest
-from csm_nb.judge import bootstrap_interval
+from csm_nb.judge import bootstrap_interval, share_interval
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.params import resolve_path
 from csm_nb.prosody import MEASURES, METHODS, ProsodyError, compare_clip, find_pitch_range, flatten_f0, track_f0
@@ -244,21 +243,13 @@ def summarise(measures: pd.DataFrame, names=MEASURES, statistic: str = "median")
             values = part[measure].to_numpy(float)
             values = values[np.isfinite(values)]
             if measure in SHARES:
-                name, compute, (low, high) = "share", np.mean, _share_interval(values)
+                name, compute, (low, high) = "share", np.mean, share_interval(values.sum(), len(values))
             else:
                 name, compute = statistic, getattr(np, statistic)
                 low, high = bootstrap_interval(values, compute)
             figure = float(compute(values)) if len(values) else np.nan
             rows.append((condition, measure, name, figure, low, high, len(values), len(part)))
     return pd.DataFrame(rows, columns=SUMMARY)
-
-
-def _share_interval(values):
-    """Wilson's 95 % interval of the share of ones; 16 of 16 are .81 to 1, where a bootstrap would say 1 to 1."""
-    if not len(values):
-        return np.nan, np.nan
-    interval = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def tabulate(summary: pd.DataFrame) -> pd.DataFrame:

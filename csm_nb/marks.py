@@ -15,6 +15,7 @@ from torchaudio.functional import forced_align, merge_tokens
 from csm_nb.audio import SAMPLE_RATE, read_audio, resample
 from csm_nb.corpora import SUFFIXES
 from csm_nb.judge import character_error_rates, normalise_text
+from csm_nb.numbers import spell_numbers
 
 COLUMNS = ("audio", "start", "end", "stod")
 TIER = "stod"  # of a TextGrid
@@ -143,7 +144,9 @@ def find_windows(rows, marks: dict | None = None, asr=None) -> tuple[list[dict],
             windows = marks[named[path]]
             reason = "its marks hold no window"
         elif not windows and row.get("stod") is not None:
-            window, reason = align_rhyme(asr, read_audio(path), row["text"]) if asr else (None, "no CTC recogniser")
+            window, reason = None, "no CTC recogniser"
+            if asr:
+                window, reason = align_rhyme(asr, read_audio(path), row["text"], row["language"])
             windows = [[*window, bool(row["stod"])]] if window else None
         windows = [list(window) for window in dict.fromkeys(tuple(window) for window in windows or ())]
         fault = _find_fault(windows, row.get("duration"))
@@ -211,13 +214,14 @@ def _find_tokens(tokenizer, text, size):
     return [find(letter) for letter in text]
 
 
-def align_rhyme(asr, wav, text: str) -> tuple[tuple[float, float] | None, str]:
+def align_rhyme(asr, wav, text: str, language: str) -> tuple[tuple[float, float] | None, str]:
     """Returns ((start, end) of the last word's loudest sonorant rhyme in s, "") or (None, why there is none).
 
     A rhyme is a vowel and the sonorants behind it, up to the next letter or the end of the sound. Silence at both ends
     is cut off before, since a recogniser that is not sure puts letters there. What the recogniser writes for the clip
     must have a character error rate of WORST_CER at most.
     """
+    text = spell_numbers(text, language)  # a figure has no letters
     words = normalise_text(text).split()
     if not words:
         return None, "no text to align"
@@ -227,7 +231,7 @@ def align_rhyme(asr, wav, text: str) -> tuple[tuple[float, float] | None, str]:
         spans, heard = align_text(asr, wav[loud[0] : loud[-1] + 1], text)
     except ValueError as error:
         return None, str(error)
-    cer = float(character_error_rates([text], [heard])[0])
+    cer = float(character_error_rates([text], [heard], language)[0])
     if cer > WORST_CER:
         return None, f"the recogniser hears {heard!r} for {text!r}: CER {cer:.0%}, at most {WORST_CER:.0%} is allowed"
     word, spans = words[-1], spans[-len(words[-1]) :]

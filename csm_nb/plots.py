@@ -344,9 +344,10 @@ def draw_confusions(matrices):
 
 
 def draw_error_rates(rows):
-    """Return a bar chart of the mean CER by model, a panel a language, whiskers the 95 % bootstrap interval over clips.
+    """Return a bar chart of the mean CER by model, a panel per language, whiskers the 95 % bootstrap interval over clips.
 
-    `rows` has the columns model, language and cer (1 is 100 %); bars are in the order in which the models come.
+    `rows` has the columns model, language and cer (1 is 100 %, and a clip counts as no more); bars are in the order in
+    which the models come.
     """
     rows = rows[np.isfinite(rows.cer)]
     languages = list(dict.fromkeys(rows.language))
@@ -358,7 +359,7 @@ def draw_error_rates(rows):
     )  # fmt: skip
     for ax, (code, part) in zip(axes, parts.items(), strict=False):
         for place, (model, clips) in enumerate(part.groupby("model", sort=False)):
-            cer = clips.cer.to_numpy(float)
+            cer = clips.cer.to_numpy(float).clip(max=1)
             low, high = bootstrap_interval(cer)
             colour = GREY if model == "reference" else COLOURS[1] if model == "base" else COLOURS[0]
             ax.barh(place, cer.mean(), color=colour, height=0.66, alpha=0.85)

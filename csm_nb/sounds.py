@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 
 from csm_nb.audio import SAMPLE_RATE, resample
-from csm_nb.judge import character_error_rates, identify_languages, normalise_text, transcribe
+from csm_nb.judge import (
+    average_cer,
+    character_error_rates,
+    find_hallucinations,
+    identify_languages,
+    normalise_text,
+    transcribe,
+    write_share,
+)
 
 MEASURES = ("cer_percent", "right_language", "stoi", "pesq")
 LABELS = {"cer_percent": "CER (%)", "right_language": "language heard right (share)", "stoi": "STOI", "pesq": "PESQ-WB"}
@@ -24,23 +32,45 @@ def list_missing() -> str:
 def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
     """Returns one row a coded clip (fidelity.CodedClip) and condition, the original first, with the MEASURES.
 
-    cer_percent: what `asr` writes against the text (NaN without text); on the original it is the recogniser's own error,
-    and what comes on top is the codec's. right_language: 1 where `lid` hears `language`, else 0. stoi (Taal et al. 2011)
+    cer_percent: what `asr` writes against the text (NaN without text), 100 at most; on the original it is the recogniser's
+    own error, and what comes on top is the codec's. hallucinated: whether it writes more than the clip has time for
+    (judge.find_hallucinations). right_language: 1 where `lid` hears `language`, else 0. stoi (Taal et al. 2011)
     and pesq (ITU-T P.862.2) compare with the original; NaN where their packages are not installed or a clip is too short.
     """
     rows = []
     for condition in ("original", *conditions):
         wavs = [clip.original if condition == "original" else clip.versions[condition] for clip in clips]
         written, heard = transcribe(asr, wavs), identify_languages(lid, wavs)
-        for clip, wav, text, scores in zip(clips, wavs, written, heard, strict=True):
+        made_up = find_hallucinations(written, wavs)
+        for clip, wav, text, scores, invented in zip(clips, wavs, written, heard, made_up, strict=True):
             expected = str(clip.row.get("text") or "")
-            cer = 100 * float(character_error_rates([expected], [text])[0]) if normalise_text(expected) else np.nan
+            known = bool(normalise_text(expected, language))
+            cer = 100 * min(1, character_error_rates([expected], [text], language)[0]) if known else np.nan
             rows.append({
                 "clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition, "transcript": text,
-                "heard": max(scores, key=scores.get), "cer_percent": cer,
+                "heard": max(scores, key=scores.get), "cer_percent": float(cer), "hallucinated": bool(invented),
                 "right_language": float(max(scores, key=scores.get) == language), **measure_quality(clip.original, wav),
             })
     return pd.DataFrame(rows)
+
+
+def tabulate_errors(heard: pd.DataFrame) -> pd.DataFrame:
+    """Return how measure_sounds' recogniser erred, a row per condition: mean CER with its 95 % interval, median, shares.
+
+    Over the clips with a text, whose number is in the shares; hallucinations are looked for in every clip.
+    """
+    rows = []
+    for condition, part in heard.groupby("condition", sort=False):
+        rates = part.cer_percent.dropna().to_numpy() / 100
+        figures = {name: f"{100 * value:.1f}" if np.isfinite(value) else "not measured"
+                   for name, value in average_cer(rates).items()}
+        rows.append({
+            "condition": condition, "mean CER (%)": figures["CER"] + (
+                f" ({figures['CER low']} to {figures['CER high']})" if len(rates) else ""),
+            "median CER (%)": figures["CER median"], "over 50 %": write_share(int((rates > 0.5).sum()), len(rates)),
+            "hallucinations": write_share(int(part.hallucinated.sum()), len(part)),
+        })
+    return pd.DataFrame(rows).set_index("condition")
 
 
 def describe_ceiling(summary: pd.DataFrame) -> dict:

@@ -2,31 +2,85 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
-from csm_nb.confusion import compare_inputs, find_adapters, judge_verdict, list_sentences, share_right, speak_models
+from csm_nb.confusion import (
+    compare_inputs,
+    count_heard,
+    describe_verdict,
+    find_adapters,
+    judge_speech,
+    judge_verdict,
+    list_confusions,
+    list_languages,
+    list_prompts,
+    list_sentences,
+    pair_with_reference,
+    share_right,
+    speak_models,
+)
 from csm_nb.csm import load_base, save_full
+from csm_nb.languages import LANGUAGES
+from csm_nb.plots import draw_confusions
 
 
-def make_rows(model, heard, language="no"):
+def make_rows(model, heard, language="no", on="held-out"):
     count = len(heard)
-    return pd.DataFrame({"model": model, "language": language, "heard": heard, "cer": np.linspace(0, 0.2, count), "ended": True})
+    return pd.DataFrame({"model": model, "language": language, "heard": heard, "cer": np.linspace(0, 0.2, count), "ended": True,
+                         "on": on, "probe": on == "probes", "hallucinated": False})
+
+
+REFERENCE = make_rows("reference", ["no"] * 40)
 
 
 def test_an_adapter_heard_as_its_language_is_clear():
-    verdict, metrics = judge_verdict(make_rows("reference", ["no"] * 10), make_rows("lora_no", ["no"] * 19 + ["sv"]), "no")
+    verdict, metrics = judge_verdict(REFERENCE, make_rows("lora_no", ["no"] * 38 + ["sv"] * 2), "no")
     assert verdict == "clear"
-    assert metrics["heard_right"] == 0.95
+    assert (metrics["heard_right"], metrics["sentences"]) == (0.95, 40)
+    assert (metrics["low"], metrics["high"]) == pytest.approx((0.835, 0.986), abs=1e-3)
+    assert "83 to 99 %" in describe_verdict(verdict, metrics, "no")
 
 
 def test_an_adapter_heard_as_a_neighbour_bleeds_into_it():
-    rows = make_rows("lora_no", ["no"] * 4 + ["sv"] * 5 + ["da"])
-    assert judge_verdict(make_rows("reference", ["no"] * 10), rows, "no")[0] == "bleeds into sv"
+    rows = make_rows("lora_no", ["no"] * 25 + ["sv"] * 10 + ["da"] * 5)
+    assert judge_verdict(REFERENCE, rows, "no")[0] == "bleeds into sv"
 
 
-def test_a_deaf_judge_makes_the_verdict_unclear_however_well_the_adapter_does():
-    verdict, metrics = judge_verdict(make_rows("reference", ["no"] * 8 + ["da"] * 2), make_rows("lora_no", ["no"] * 10), "no")
-    assert verdict.startswith("unclear") and metrics["ceiling"] == 0.8
+def test_one_sentence_each_does_not_make_it_bleed():
+    verdict, metrics = judge_verdict(REFERENCE, make_rows("lora_no", ["no"] * 14 + ["de", "sv"]), "no")
+    assert verdict == "unclear: 14 of 16, 88 % (64 to 97 %) heard as no; some 554 sentences would decide"
+    assert metrics["sentences_needed"] == 554
+
+
+def test_what_is_no_language_is_nothing_to_bleed_into():
+    rows = make_rows("lora_no", ["no"] * 10 + ["none"] * 20 + ["other"] * 8 + ["sv"] * 2)
+    assert judge_verdict(REFERENCE, rows, "no")[0] == "bleeds into sv"
+    rows = make_rows("lora_no", ["none"] * 40)
+    assert judge_verdict(REFERENCE, rows, "no")[0] == "bleeds into no language that is told apart here"
+
+
+def test_probes_decide_nothing():
+    probes = make_rows("lora_no", ["sv"] * 40, on="probes")
+    held_out = make_rows("lora_no", ["no"] * 40)
+    assert judge_verdict(REFERENCE, pd.concat([probes, held_out]), "no")[0] == "clear"
+    assert judge_verdict(REFERENCE, probes, "no")[0] == "unclear: no held-out sentence was read"
+
+
+def test_probes_and_held_out_sentences_are_separate_rows():
+    table = share_right(pd.concat([make_rows("base", ["en"] * 8, on="probes"), make_rows("base", ["no"] * 10)]))
+    assert table.on.tolist() == ["probes", "held-out"]
+    assert table["heard right"].tolist() == [0.0, 1.0] and table.sentences.tolist() == [8, 10]
+
+
+@pytest.mark.parametrize(("heard", "said"), [
+    (["no"] * 20 + ["da"] * 20, "unclear: the judge hears 20 of 40, 50 % (35 to 65 %) of the reference"),
+    (["no"] * 36 + ["da"] * 4,
+     "unclear: the judge hears 36 of 40, 90 % (77 to 96 %) of the reference; some 62 sentences would decide"),
+])  # fmt: skip
+def test_a_deaf_judge_makes_the_verdict_unclear_however_well_the_adapter_does(heard, said):
+    verdict, metrics = judge_verdict(make_rows("reference", heard), make_rows("lora_no", ["no"] * 40), "no")
+    assert verdict == said and metrics["ceiling"] == heard.count("no") / 40
 
 
 def test_the_base_and_other_adapters_do_not_stand_in_for_a_missing_one():
@@ -36,7 +90,7 @@ def test_the_base_and_other_adapters_do_not_stand_in_for_a_missing_one():
 
 def test_shares_carry_an_interval_around_them():
     row = share_right(make_rows("base", ["en"] * 15 + ["no"] * 5)).iloc[0]
-    assert row["low"] < row["heard right"] == 0.25 < row["high"]
+    assert (row["low"], row["heard right"], row["high"]) == (0.112, 0.25, 0.469)  # Wilson's
     assert row["heard most"] == "en"
 
 
@@ -51,7 +105,7 @@ def test_phonemes_win_only_when_the_interval_leaves_out_zero():
 
     assert compare_inputs(rows((0.3, 0.1)), history, history)[0] == "phonemes"
     assert compare_inputs(rows((-0.3, 0.1)), history, history)[0] == "spelling"
-    assert compare_inputs(rows((0.0, 1.0)), history, history)[0] == "no difference"
+    assert compare_inputs(rows((0.0, 1.0)), history, history)[0] == "no difference shown (n = 20)"
 
 
 def test_adapters_that_are_missing_are_named(tmp_path):
@@ -83,3 +137,42 @@ def test_every_language_is_asked_its_probes_and_as_many_sentences():
     assert prompts.groupby("language").size().nunique() == 1
     assert prompts[~prompts.probe].groupby("language").size().tolist() == [5, 5]
     assert prompts.text.is_unique
+
+
+def test_a_sentence_counts_as_all_wrong_at_most():
+    rows = make_rows("base", ["no"] * 4).assign(cer=[0.0, 0.0, 0.0, 57.0])
+    row = share_right(rows).iloc[0]
+    assert (row.CER, row["CER median"], row["CER over 50 %"]) == (0.25, 0.0, 0.25)
+
+
+@pytest.mark.parametrize(("language", "compare", "languages"), [
+    ("nl", ["nl", "de", "en"], ["nl", "de", "en"]), ("nl", ["en"], ["en", "nl"]), ("no", ["no"], ["no"]),
+    ("no", ["sv", "da"], ["sv", "da", "no"]), ("sv", ["no", "sv", "sv", "no"], ["no", "sv"]), ("en", ["en", "nl"], ["en", "nl"]),
+    ("pl", list(LANGUAGES), list(LANGUAGES)),
+])  # fmt: skip
+def test_any_list_of_languages_can_be_told_apart(language, compare, languages):
+    assert list_languages(language, compare) == languages
+    prompts = list_prompts(language, compare, 3)
+    assert not prompts.duplicated(["language", "text"]).any()
+    counts = prompts.groupby(["language", "on"]).size()
+    assert all(counts[code, "probes"] == 8 for code in {*languages, "en"})
+    assert {code for code, on in counts.index if on == "held-out"} == {language, "en"}
+    assert set(prompts[prompts.cross].language) == set(languages) and prompts[prompts.cross].probe.all()
+    said = [prompts.assign(model=name, heard=prompts.language, cer=0.1, ended=True, hallucinated=False, wav=None, transcript="")
+            for name in ("reference", "base", f"lora_{language}")]
+    reference, spoken = said[0], pd.concat(said[1:])
+    assert judge_verdict(reference, spoken, language)[1]["sentences"] == 3
+    for title, table in list_confusions(reference, spoken, languages):
+        assert list(table.index) == languages
+        assert table.sum(axis=1).tolist() == [8 if "own" not in title or code == language else 0 for code in languages]
+    assert count_heard(reference, spoken, language).index.tolist() == ["reference", "base", f"lora_{language}"]
+    draw_confusions(list_confusions(reference, spoken, languages))
+    assert len(pair_with_reference(spoken.head(3), reference)) == 6
+
+
+def test_a_number_that_the_recogniser_writes_in_digits_is_no_error(monkeypatch):
+    monkeypatch.setattr("csm_nb.confusion.transcribe", lambda asr, wavs: [asr] * len(wavs))
+    monkeypatch.setattr("csm_nb.confusion.identify_languages", lambda lid, wavs: [{"no": 1.0}] * len(wavs))
+    rows = pd.DataFrame({"language": ["no", "da"], "text": ["Klokka er sju.", "Halvtreds æbler"], "wav": [np.ones(48_000)] * 2})
+    judged = judge_speech(rows, None, {"no": "Klokka er 7", "da": "50 æbler"})
+    assert judged.cer.tolist() == [0, 0] and not judged.hallucinated.any()

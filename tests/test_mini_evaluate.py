@@ -23,8 +23,8 @@ def runs(tmp_path):
 
 def write_run(folder, code, base, started, cer=0.1):
     folder.mkdir(parents=True)
-    table = [{"model": f"lora_{code}", "read": code, "sentences": 16}, {"model": "base", "read": code, "sentences": 16}]
-    write_json(folder / "metrics.json", {"cer": cer, "heard_right": 0.95, "runaways": 1, "table": table})
+    figures = {"heard_right": 0.95, "low": 0.835, "high": 0.986, "runaways": 1, "sentences": 40}
+    write_json(folder / "metrics.json", {"cer": cer} | figures)
     write_json(folder / "run.json", {"inputs": {"base_model": {"hash": base}}, "started": started, "seconds": 60.0})
     write_json(folder / "done.json", {})
     os.utime(folder / "done.json", (started, started))
@@ -34,7 +34,8 @@ def test_the_newest_complete_runs_are_counted_from_the_first_start_to_the_last_e
     write_run(runs / "da/04_confusion/b", "da", hash_folder(runs.parent / "base"), 60.0 * 20, cer=0.3)
     run = read_default_run(runs, runs.parent / "base")
     assert [run["adapters"][code]["cer"] for code in NORDIC] == [0.1, 0.1, 0.3]
-    assert run["adapters"]["no"] == {"cer": 0.1, "heard_right": 0.95, "runaways": 1, "sentences": 16}
+    assert run["adapters"]["no"] == {
+        "cer": 0.1, "heard_right": 0.95, "low": 0.835, "high": 0.986, "runaways": 1, "sentences": 40}
     assert run["minutes"] == 21
 
 
@@ -50,12 +51,14 @@ def test_runs_that_are_missing_or_on_other_models_are_not_counted(runs):
 def test_the_table_shows_what_was_missed_as_it_shows_what_was_reached(runs):
     judged = {"asr": {"unheard": {"no": 0.04, "fr": 0.3}}, "lid": {"unheard": {"no": 1.0, "fr": 0.5}}}
     figures = {
-        "original": judged, "decoded": judged, "megabytes": 24.96, "codec": {"f0_correlation": "0.5", "f0_rmse_cents": "99"},
+        "clips": 30, "original": judged, "decoded": judged,
+        "megabytes": 24.96, "codec": {"f0_correlation": "0.5", "f0_rmse_cents": "99"},
         "base": {"cer": 0.4, "runaways": 0.1, "heard": {"no": {"en": 0.9}, "sv": {"en": 1.0}, "da": {}}},
         "run": read_default_run(runs, runs.parent / "base"),
     }
     table = tabulate(figures)
     for cell in ("17.0 (4.0 to 30.0) %", "| 40.0 % | <= 15 % |", "no 90 %, sv 100 %, da 0 %", "25.0 MB",
-                 "no 10 %, sv 10 %, da 10 %", "3 of 48 sentences", "18.0 minutes"):
+                 "no 10 %, sv 10 %, da 10 %", "3 of 120 sentences", "no 95 (84 to 99) %",
+                 "75.0 (50.0 to 100.0) %, 95 % interval 62.8 to 84.2 %", "18.0 minutes"):
         assert cell in table
     assert "no complete run" in tabulate(figures | {"run": None})

@@ -50,3 +50,22 @@ def test_a_clip_against_itself_has_the_best_quality_there_is(package, best):
     pytest.importorskip(package)
     wav = speak_text("Manden spiser et æble i dag.", "da", VOICES[0])
     assert sounds.measure_quality(wav, wav)["stoi" if package == "pystoi" else "pesq"] > best
+
+
+def test_errors_are_counted_without_letting_one_hallucination_decide(monkeypatch):
+    said = {"original": ["syv", "otte", "ni"], "coded": ["7", "Danske tekster af Nicolai Winther", "ni"]}
+    monkeypatch.setattr(sounds, "transcribe", lambda asr, wavs: said["original" if wavs[0].any() else "coded"])
+    monkeypatch.setattr(sounds, "identify_languages", lambda lid, wavs: [{"da": 1.0}] * len(wavs))
+    clips = [fidelity.CodedClip({"text": text, "audio_path": f"{text}.wav"}, np.ones(9600, np.float32),
+                                {"coded": np.zeros(9600, np.float32)}, (70.0, 300.0), 120.0) for text in said["original"]]
+    heard = sounds.measure_sounds(clips, None, None, "da", ["coded"])
+    assert heard.cer_percent.tolist() == [0, 0, 0, 0, 100, 0]
+    table = sounds.tabulate_errors(heard)
+    assert table["mean CER (%)"]["coded"].startswith("33.3 (") and table["median CER (%)"]["coded"] == "0.0"
+    assert table["over 50 %"]["coded"] == table["hallucinations"]["coded"] == "1 of 3, 33 % (6 to 79 %)"
+    assert table["hallucinations"]["original"].startswith("0 of 3")
+
+
+def test_errors_of_clips_without_text_are_not_measured(judges):
+    table = sounds.tabulate_errors(sounds.measure_sounds([make_clip("", said="Hvad koster den?")], *judges, "da", []))
+    assert table["mean CER (%)"].tolist() == ["not measured"] and table["over 50 %"].tolist() == ["none of 0"]
