@@ -208,6 +208,6 @@ def test_a_text_longer_than_the_clip_and_a_recogniser_without_times_are_refused(
 
 
 def test_a_number_in_digits_is_aligned_as_it_is_said(asr):
-    wav = speak_text("Jeg har tre.", "da", VOICES[0])
-    windows = [marks.align_rhyme(asr, wav, text, "da") for text in ("Jeg har tre.", "Jeg har 3.")]
+    wav = speak_text("Hun kommer klokken ni.", "da", VOICES[0])
+    windows = [marks.align_rhyme(asr, wav, text, "da") for text in ("Hun kommer klokken ni.", "Hun kommer klokken 9.")]
     assert windows[0][0] and windows[0] == windows[1]
