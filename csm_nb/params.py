@@ -217,7 +217,8 @@ def find_inputs(params: dict) -> dict[str, dict]:
     if params.get("init_adapter"):
         folder = _find_adapter(params["init_adapter"], params, inputs)
         inputs["init_adapter"] = {"path": show_path(folder), "hash": hash_folder(folder)}
-    for code in params.get("compare", []) if "adapters_dir" in params else []:
+    compared = [*params["compare"], params["language"]] if {"compare", "adapters_dir"} <= params.keys() else []
+    for code in compared:
         folder = resolve_path(params["adapters_dir"]) / name_trained(params, code)
         if folder.is_dir():
             inputs[folder.name] = {"path": show_path(folder), "hash": hash_folder(folder)}

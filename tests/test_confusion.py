@@ -22,6 +22,7 @@ from csm_nb.confusion import (
 )
 from csm_nb.csm import load_base, save_full
 from csm_nb.languages import LANGUAGES
+from csm_nb.params import find_inputs
 from csm_nb.plots import draw_confusions
 
 
@@ -176,3 +177,12 @@ def test_a_number_that_the_recogniser_writes_in_digits_is_no_error(monkeypatch):
     rows = pd.DataFrame({"language": ["no", "da"], "text": ["Klokka er sju.", "Halvtreds æbler"], "wav": [np.ones(48_000)] * 2})
     judged = judge_speech(rows, None, {"no": "Klokka er 7", "da": "50 æbler"})
     assert judged.cer.tolist() == [0, 0] and not judged.hallucinated.any()
+
+
+@pytest.mark.parametrize("compare", [["sv"], ["no", "sv"], ["sv", "sv"]])
+def test_the_adapter_of_the_language_is_an_input_also_where_compare_leaves_it_out(compare, tmp_path):
+    for code in ("no", "sv"):
+        (tmp_path / f"lora_{code}").mkdir()
+        (tmp_path / f"lora_{code}/adapter_config.json").write_text("{}")
+    given = {"language": "no", "compare": compare, "adapters_dir": str(tmp_path), "method": "lora"}
+    assert {"lora_no", "lora_sv"} <= find_inputs(given).keys()
