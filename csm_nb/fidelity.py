@@ -124,7 +124,7 @@ def list_languages(audio: str, language: str) -> list[str]:
 def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tuple[list[dict], list[dict], str]:
     """Return (rows, rows set aside with their "reason", what they are) for a random sample of `count` usable clips.
 
-    `audio` is a manifest or a folder; clips of half a second and more come first. Without it espeak-ng speaks held-out
+    `audio` is a manifest or a folder; clips of half a second and more come first, and a file counts once. Without it espeak-ng speaks held-out
     sentences with held-out voices into `out_dir`. Clips need no text. Up to twice `count` are looked at. Raises
     CorpusError if there is no usable clip.
     """
@@ -134,7 +134,7 @@ def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tup
         source = ("synthetic speech by espeak-ng, no recordings: it shows nothing of how people say the language, though a stop "
                   "holds back training until there is a verdict on recordings")
     else:
-        rows = load_corpus(resolve_path(audio), language)
+        rows = list({row["audio_path"]: row for row in load_corpus(resolve_path(audio), language)}.values())
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
         rows.sort(key=lambda row: (row.get("duration") or SHORT) < SHORT)
         source = f"{len(rows)} clips of {get_language(language).name} in {audio}"

@@ -124,15 +124,16 @@ def _read_textgrid(path):
         raise MarksError(f"{path}: {str(error).splitlines()[0]}; allowed is {allowed}") from error
 
 
-def find_windows(rows, marks: dict | None = None, asr=None) -> tuple[list[dict], list[dict]]:
+def find_windows(rows, marks: dict | None = None, asr=None, among=None) -> tuple[list[dict], list[dict]]:
     """Returns (rows with `windows` [[start, end, stød or not], ...], rows set aside with the `reason`).
 
     A row that has windows keeps them; else its `marks` are taken (read_marks); else, where the manifest says of its last
     word whether it has stød (`stod`: 1 or 0), the rhyme that the recogniser `asr` (CTC) aligns to it (align_rhyme). A file
-    that comes twice counts once, and so does a window.
+    that comes twice counts once, and so does a window. `among` are all rows that a name in the marks may mean, where `rows`
+    are some of them.
     """
     found, set_aside, seen = [], [], set()
-    named, ambiguous = match_marks(rows, marks or {})
+    named, ambiguous = match_marks(among or rows, marks or {})
     for row in rows:
         path = row["audio_path"]
         windows, reason = row.get("windows"), "no marks, and no label of stød"

@@ -223,6 +223,12 @@ def test_a_perfect_codec_goes_on_recordings_of_which_nothing_is_known_but_the_te
     assert f"On 10 clips of Danish in {folder}." in said
 
 
+def test_a_file_that_a_manifest_names_twice_is_one_clip(folder, tmp_path):
+    manifest = write_manifest(load_corpus(folder, "da") * 2, tmp_path / "manifest.jsonl")
+    rows, _, source = fidelity.find_clips(str(manifest), "da", 12, 0, tmp_path)
+    assert len({row["audio_path"] for row in rows}) == len(rows) == 10 and source.startswith("10 clips of Danish")
+
+
 def test_labels_whose_words_the_recogniser_does_not_hear_are_no_evidence(folder, perfect, tmp_path):
     rows = [row | {"text": "noget helt andet", "stod": 1} for row in load_corpus(folder, "da")]
     manifest = write_manifest(rows, tmp_path / "manifest.jsonl")

@@ -100,6 +100,7 @@ def test_marks_that_fit_several_files_are_set_aside_and_never_guessed(tmp_path):
     found, set_aside = marks.find_windows(rows, read)
     assert [row["audio_path"] for row in found] == ["/corpus/b/2.wav"]
     assert all("'1' fit several files" in row["reason"] for row in set_aside) and len(set_aside) == 2
+    assert marks.find_windows(rows[:1], read, among=rows)[0] == []  # the other one was drawn by nobody, or is broken
 
 
 def test_textgrids_of_one_name_in_two_folders_belong_to_the_audio_of_theirs(tmp_path):
