@@ -124,9 +124,9 @@ def list_languages(audio: str, language: str) -> list[str]:
 def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tuple[list[dict], list[dict], str]:
     """Return (rows, rows set aside with their "reason", what they are) for a random sample of `count` usable clips.
 
-    `audio` is a manifest or a folder; clips of half a second and more come first, and a file counts once. Without it espeak-ng speaks held-out
-    sentences with held-out voices into `out_dir`. Clips need no text. Up to twice `count` are looked at. Raises
-    CorpusError if there is no usable clip.
+    `audio` is a manifest or a folder; clips of half a second and more come first, and a file counts once. Without it
+    espeak-ng speaks held-out sentences with held-out voices into `out_dir`. Clips need no text. Up to twice `count` are
+    looked at. Raises CorpusError if there is no usable clip.
     """
     if not audio:
         texts = make_sentences(language, count, seed, "test")
