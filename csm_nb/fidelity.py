@@ -124,9 +124,9 @@ def list_languages(audio: str, language: str) -> list[str]:
 def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tuple[list[dict], list[dict], str]:
     """Return (rows, rows set aside with their "reason", what they are) for a random sample of `count` usable clips.
 
-    `audio` is a manifest or a folder; clips of half a second and more come first. Without it espeak-ng speaks held-out
-    sentences with held-out voices into `out_dir`. Clips need no text. Up to twice `count` are looked at. Raises
-    CorpusError if there is no usable clip.
+    `audio` is a manifest or a folder; clips of half a second and more come first, and a file counts once. Without it
+    espeak-ng speaks held-out sentences with held-out voices into `out_dir`. Clips need no text. Up to twice `count` are
+    looked at. Raises CorpusError if there is no usable clip.
     """
     if not audio:
         texts = make_sentences(language, count, seed, "test")
@@ -134,7 +134,7 @@ def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tup
         source = ("synthetic speech by espeak-ng, no recordings: it shows nothing of how people say the language, though a stop "
                   "holds back training until there is a verdict on recordings")
     else:
-        rows = load_corpus(resolve_path(audio), language)
+        rows = list({row["audio_path"]: row for row in load_corpus(resolve_path(audio), language)}.values())
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
         rows.sort(key=lambda row: (row.get("duration") or SHORT) < SHORT)
         source = f"{len(rows)} clips of {get_language(language).name} in {audio}"
@@ -224,9 +224,10 @@ def measure_clips(clips, method: str = "praat") -> pd.DataFrame:
 
 
 def list_unmeasured(measures: pd.DataFrame) -> pd.DataFrame:
-    """Return which clips count in no figure, or not in all: clip, the conditions it is so in, and the reason."""
-    part = measures[measures.reason != ""]
-    grouped = part.groupby(["clip", "reason"], sort=False).condition.agg(", ".join).reset_index()
+    """Return which clips count in no figure, or not in all: clip, the conditions it is so in ("all"), and the reason."""
+    part, every = measures[measures.reason != ""], measures.condition.nunique()
+    grouped = part.groupby(["clip", "reason"], sort=False).condition.unique()
+    grouped = grouped.map(lambda names: "all" if len(names) == every else ", ".join(names)).reset_index()
     return grouped[["clip", "condition", "reason"]]
 
 
@@ -258,7 +259,7 @@ def tabulate(summary: pd.DataFrame) -> pd.DataFrame:
     """
     most = summary.groupby("condition").measured.max()
     text = [format_figure(row.figure, row.low, row.high)
-            + (f", of {row.measured}" if 0 < row.measured < most[row.condition] else "") for row in summary.itertuples()]
+            + (f", {row.measured} measured" if 0 < row.measured < most[row.condition] else "") for row in summary.itertuples()]
     wide = summary.assign(text=text).pivot(index="condition", columns="measure", values="text")
     wide = wide.loc[summary.condition.unique(), summary.measure.unique()].rename(columns=LABELS | sounds.LABELS)
     return wide.assign(measured=most)

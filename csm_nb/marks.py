@@ -17,6 +17,7 @@ from csm_nb.audio import SAMPLE_RATE, read_audio, resample
 from csm_nb.clean import EncodingError, compose, read_text
 from csm_nb.corpora import SUFFIXES
 from csm_nb.judge import character_error_rates, normalise_text
+from csm_nb.numbers import spell_numbers
 
 COLUMNS = ("audio", "start", "end", "stod")
 TIER = "stod"  # of a TextGrid
@@ -127,15 +128,16 @@ def _read_textgrid(path):
         raise MarksError(f"{path}: {str(error).splitlines()[0]}; allowed is {allowed}") from error
 
 
-def find_windows(rows, marks: dict | None = None, asr=None) -> tuple[list[dict], list[dict]]:
+def find_windows(rows, marks: dict | None = None, asr=None, among=None) -> tuple[list[dict], list[dict]]:
     """Returns (rows with `windows` [[start, end, stød or not], ...], rows set aside with the `reason`).
 
     A row that has windows keeps them; else its `marks` are taken (read_marks); else, where the manifest says of its last
     word whether it has stød (`stod`: 1 or 0), the rhyme that the recogniser `asr` (CTC) aligns to it (align_rhyme). A file
-    that comes twice counts once, and so does a window.
+    that comes twice counts once, and so does a window. `among` are all rows that a name in the marks may mean, where `rows`
+    are some of them.
     """
     found, set_aside, seen = [], [], set()
-    named, ambiguous = match_marks(rows, marks or {})
+    named, ambiguous = match_marks(among or rows, marks or {})
     for row in rows:
         path = row["audio_path"]
         windows, reason = row.get("windows"), "no marks, and no label of stød"
@@ -217,13 +219,14 @@ def _find_tokens(tokenizer, text, size):
     return [find(letter) for letter in text]
 
 
-def align_rhyme(asr, wav, text: str, language: str = "da") -> tuple[tuple[float, float] | None, str]:
+def align_rhyme(asr, wav, text: str, language: str) -> tuple[tuple[float, float] | None, str]:
     """Returns ((start, end) of the last word's loudest sonorant rhyme in s, "") or (None, why there is none).
 
     A rhyme is a vowel and the sonorants behind it, up to the next letter or the end of the sound. Silence at both ends
     is cut off before, since a recogniser that is not sure puts letters there. What the recogniser writes for the clip
     must have a character error rate of WORST_CER at most.
     """
+    text = spell_numbers(text, language)  # a figure has no letters
     words = normalise_text(text).split()
     if not words:
         return None, "no text to align"

@@ -569,7 +569,7 @@ def open_run(stage: str, namespace: dict) -> Run:
     random.seed(params["seed"])
     np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(params["seed"])
-    pd.set_option("display.max_colwidth", None)  # a reason that is cut off is none
+    pd.set_option("display.max_colwidth", None, "display.max_rows", 300)  # a reason that is cut off is none
     return Run(stage, params["language"], folder, params, inputs)
 
 

@@ -108,7 +108,7 @@ def measure_retention(windows: pd.DataFrame) -> pd.DataFrame:
         if not voiced >= VOICED:
             result["reason"] = "the original is not voiced where the window begins"
         elif len(plain) < LEAST_PLAIN:
-            result["reason"] = f"{len(plain)} windows without stød to compare with; {LEAST_PLAIN} are needed"
+            result["reason"] = f"windows without stød to compare with: {len(plain)}; {LEAST_PLAIN} are needed"
         elif after["stod"]:
             has = (was - usual) / spread >= EXPRESSED
             result["cues"] = ", ".join(CUES[name][0] for name in CUES if has[name])

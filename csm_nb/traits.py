@@ -43,7 +43,7 @@ def find_trait_clips(language: str, audio: str, marked: str, asr, seed: int, out
         known = [row for row in rows if row.get("stod") is not None or row.get("windows") or row["audio_path"] in named]
         drawn = [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:FEW_MARKED]]
         good, bad = check_clips(drawn, need_text=False, need_one=False)
-        found[STOD_RECORDINGS], unmarked = marks.find_windows(good, names, asr)
+        found[STOD_RECORDINGS], unmarked = marks.find_windows(good, names, asr, among=rows)
         set_aside = bad + unmarked
         notes[STOD_RECORDINGS] = _describe_marked(rows, known, drawn, found[STOD_RECORDINGS], names, named)
     if "pitch_accent" in traits and language in klatt.CONTOURS:

@@ -135,7 +135,7 @@ def test_a_summary_names_its_statistic_and_a_share_has_wilson_s_interval():
 def test_a_figure_over_fewer_clips_than_its_row_says_so():
     measures = pd.DataFrame({"condition": "8 codebooks", "stoi": [1.0, 1.0, 1.0], "pesq": [3.0, 3.0, np.nan]})
     row = fidelity.tabulate(fidelity.summarise(measures, ["stoi", "pesq"])).loc["8 codebooks"]
-    assert (row["STOI"], row["PESQ-WB"], row["measured"]) == ("1.00 (1.00 to 1.00)", "3.0 (3.0 to 3.0), of 2", 3)
+    assert (row["STOI"], row["PESQ-WB"], row["measured"]) == ("1.00 (1.00 to 1.00)", "3.0 (3.0 to 3.0), 2 measured", 3)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +221,12 @@ def test_a_perfect_codec_goes_on_recordings_of_which_nothing_is_known_but_the_te
     said = fidelity.describe_verdict(table, verdict, "da", 8, source)
     assert "Not counted: stød (recorded words with stød): not measured (10 clips, none labelled)." in said
     assert f"On 10 clips of Danish in {folder}." in said
+
+
+def test_a_file_that_a_manifest_names_twice_is_one_clip(folder, tmp_path):
+    manifest = write_manifest(load_corpus(folder, "da") * 2, tmp_path / "manifest.jsonl")
+    rows, _, source = fidelity.find_clips(str(manifest), "da", 12, 0, tmp_path)
+    assert len({row["audio_path"] for row in rows}) == len(rows) == 10 and source.startswith("10 clips of Danish")
 
 
 def test_labels_whose_words_the_recogniser_does_not_hear_are_no_evidence(folder, perfect, tmp_path):
