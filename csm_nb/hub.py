@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import httpx
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 PARTS = {"base_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "asr_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "align_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR}, "lid_model": {"a processor": PROCESSOR}}
-HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
 
 
 class ModelError(ValueError):

@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -349,6 +350,21 @@ def test_the_rest_is_fetched_to_models_and_found_there(root, remote, monkeypatch
     table = models.list_needed(["no"], "csm-1b", ["01_anchor"])
     assert sorted(table.here) == ["models/csm-1b", "models/mms-lid-126", "models/whisper-large-v3"] and set(table.fault) == {""}
     assert not (root / "models/csm-1b/ckpt.pt").exists()
+
+
+def test_without_a_network_the_hub_is_asked_once_and_the_commands_are_said(root, monkeypatch, capsys):
+    asked = []
+
+    def fail(name, **_):
+        asked.append(name)
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=fail))
+    monkeypatch.setattr(models, "is_offline_mode", lambda: False)
+    assert models.main(["--profile", "csm-1b", "--langs", "no", "--fetch"]) == 1
+    said = capsys.readouterr()
+    assert len(asked) == 3 and "hf download sesame/csm-1b --local-dir models/csm-1b" in said.out  # list, fetch, list again
+    assert said.err.count("error:") == 1 and "ConnectError" in said.err
 
 
 def test_a_disk_that_will_not_hold_the_models_is_said_before_anything_is_fetched(root, remote, monkeypatch):
