@@ -89,7 +89,7 @@ def _ask_hub(name):
     if not is_hub_id(name):
         return None
     try:
-        files, _, info = hub.list_remote(name)
+        files, info = hub.list_remote(name)
     except httpx.TransportError:
         raise
     except hub.HUB_ERRORS:

@@ -208,6 +208,13 @@ def test_a_path_is_no_hub_id_and_no_hub_id_is_a_shipped_model(root):
         fetch_model("data/mine/model.safetensors")
 
 
+def test_a_folder_that_is_a_dangling_link_is_named_and_the_hub_not_asked(root):
+    os.symlink("/elsewhere/csm-1b", root / "models/csm-1b")
+    for check in (fetch_model, lambda name: hub.check_models([{"language": "da", "base_model": name}])):
+        with pytest.raises(ModelError, match="csm-1b is a link to /elsewhere/csm-1b, which is not there"):
+            check("sesame/csm-1b")
+
+
 def test_moshis_models_are_looked_at_file_by_file(tmp_path):
     folder = make_model(tmp_path / "moshiko", ("tokenizer-e351c8d8-checkpoint125.safetensors",), config_json=None)
     params = {"language": "da", "codec_model": str(folder), "backend": "moshi"}
@@ -263,14 +270,14 @@ def remote(tmp_path, monkeypatch):
                 shutil.copy(source / file, folder / file)
         return folder
 
-    def snapshot(name, revision=None, allow_patterns=None, local_dir=None, local_files_only=False, **_):
+    def snapshot(name, allow_patterns=None, local_dir=None, local_files_only=False, etag_timeout=0):
         if local_files_only:
             raise hub.LocalEntryNotFoundError("nothing cached")
         asked.extend(allow_patterns)
         return str(copy(name, allow_patterns, local_dir))
 
     siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in FILES.items()]
-    info = SimpleNamespace(siblings=siblings, sha="abc", card_data={"license": "apache-2.0"})
+    info = SimpleNamespace(siblings=siblings, card_data={"license": "apache-2.0"})
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=lambda name, **_: info))
     monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, local_dir=None, **_: str(copy(name, [file], local_dir) / file))
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
