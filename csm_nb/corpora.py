@@ -37,7 +37,7 @@ def read_manifest(path) -> list[dict]:
         raise CorpusError(f"{path}: no such manifest")
     try:
         lines = read_lines(path)
-    except EncodingError as error:
+    except (EncodingError, OSError) as error:
         raise CorpusError(str(error)) from error
     rows, faults = [], []
     for number, (line, fault) in enumerate(lines, 1):
@@ -45,8 +45,8 @@ def read_manifest(path) -> list[dict]:
             continue
         try:
             row = _convert_row(json.loads(line))
-        except json.JSONDecodeError as error:
-            faults.append(fault or f"line {number} is no JSON ({error})")
+        except (json.JSONDecodeError, RecursionError) as error:
+            faults.append(fault or f"line {number} is no JSON ({error}); a manifest holds one object per line")
             continue
         except ValueError as error:
             faults.append(f"line {number} {error}")
@@ -248,7 +248,7 @@ def _find_fault(row, min_seconds, max_seconds, need_text):
         return f"nothing to say in its text {row['text']!r}" if row["text"].strip() else "no text", 0.0
     try:
         wav = read_audio(row["audio_path"])
-    except AudioError as error:
+    except (AudioError, OSError) as error:
         return str(error).removeprefix(f"{row['audio_path']}: "), 0.0
     seconds = len(wav) / SAMPLE_RATE
     if np.abs(wav).max() < SILENCE:

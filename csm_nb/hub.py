@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import httpx
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 PARTS = {"base_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "asr_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "align_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR}, "lid_model": {"a processor": PROCESSOR}}
-HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
 
 
 class ModelError(ValueError):
@@ -41,6 +42,8 @@ def fetch_model(name, use: str = "") -> Path:
     place = find_model(name)
     if place is not None and place.is_dir():
         return check_folder(place, name, use)
+    if place is not None and not place.exists():
+        raise ModelError(f"{name}: {show_path(place.parent)}/{find_fault(place)}")
     if not is_hub_id(name):
         there = ", ".join(sorted(p.name for p in (ROOT / "models").glob("*/"))) or "none"
         found = "a file, where a folder is wanted" if place else "no such folder"
@@ -64,8 +67,8 @@ def download_model(name, folder: Path | None = None) -> Path:
     those that transformers reads, 6 GB more). A download that was cut off goes on. Raises ModelError where there is no hub.
     """
     try:
-        files, revision, _ = list_remote(name, folder)
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files, local_dir=folder, etag_timeout=5))
+        files, _ = list_remote(name, folder)  # of no commit by its hash: the cache is later looked up by the branch
+        return Path(snapshot_download(str(name), allow_patterns=files, local_dir=folder, etag_timeout=5))
     except HUB_ERRORS as error:
         raise ModelError(
             f"{name} is a hub id, and the hub gave no copy of it ({type(error).__name__}). Where there is a network run\n"
@@ -75,8 +78,8 @@ def download_model(name, folder: Path | None = None) -> Path:
         ) from error
 
 
-def list_remote(name, folder: Path | None = None) -> tuple[list[str], str, object]:
-    """Return (files that from_pretrained needs, commit, the hub's description with the sizes of all) of a hub id.
+def list_remote(name, folder: Path | None = None) -> tuple[list[str], object]:
+    """Return (files that from_pretrained needs, the hub's description with the sizes of all) of a hub id.
 
     config.json, and the index of its weights where there is one, are fetched for that (to `folder`, or the cache).
     """
@@ -84,15 +87,14 @@ def list_remote(name, folder: Path | None = None) -> tuple[list[str], str, objec
     names = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
 
     def read(file):
-        path = hf_hub_download(str(name), file, revision=info.sha, local_dir=folder, etag_timeout=5)
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(hf_hub_download(str(name), file, local_dir=folder, etag_timeout=5)).read_bytes())
 
     if importlib.util.find_spec("pyctcdecode"):  # a recogniser's n-grams, without which the pipeline does as well
         names += [file.rfilename for file in info.siblings if file.rfilename.startswith("language_model/")]
     kept = [file for file in names if Path(file).suffix in SETTINGS or file.startswith(("LICENSE", "language_model/"))]
     weights = list_weights(names, read) if "config.json" in names else [f for f in names if f.endswith(".safetensors")]
     kept = [file for file in kept if not file.endswith(".index.json") or file in weights]
-    return sorted({*kept, *weights}), info.sha, info
+    return sorted({*kept, *weights}), info
 
 
 def list_weights(names, read) -> list[str]:

@@ -6,6 +6,7 @@
 import argparse
 import sys
 
+import httpx
 import pandas as pd
 import yaml
 from huggingface_hub import is_offline_mode
@@ -47,19 +48,25 @@ def list_needed(languages, profile: str, stages=STAGES) -> pd.DataFrame:
                     users = needed.setdefault(name, {})
                     users.setdefault(key, set()).add(stage[:2])
                     users.setdefault("languages", set()).add(language)
-    return pd.DataFrame([_describe(name, users) for name, users in needed.items()],
-                        columns=["model", "used", "languages", "here", "fault", "GB", "licence"])
+    rows, ask = [], not is_offline_mode()
+    for name, users in needed.items():
+        languages = users.pop("languages")
+        try:
+            rows.append(_describe(name, users, languages, ask))
+        except httpx.TransportError:  # no network: not to be waited for once per model
+            ask = False
+            rows.append(_describe(name, users, languages, ask))
+    return pd.DataFrame(rows, columns=["model", "used", "languages", "here", "fault", "GB", "licence"])
 
 
-def _describe(name, users):
-    languages = users.pop("languages")
+def _describe(name, users, languages, ask):
     used = "; ".join(f"{key} of {' '.join(sorted(stages))}" for key, stages in users.items())
     place = find_model(name)
     cached = place is None and is_hub_id(name)
     folder = hub.find_cached(name) if cached else place
     row = {"model": name, "used": used, "languages": " ".join(sorted(languages)), "here": "", "fault": ""}
     if folder is None or not folder.exists():
-        gb, licence = _ask_hub(name) or KNOWN.get(name, (float("nan"), "not known"))
+        gb, licence = (_ask_hub(name) if ask else None) or KNOWN.get(name, (float("nan"), "not known"))
         return row | {"GB": gb, "licence": licence}
     row["here"] = "cached" if cached else show_path(folder)
     files = [path for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file()]
@@ -78,11 +85,13 @@ def _read_licence(name):
 
 
 def _ask_hub(name):
-    """(GB, licence) of the files that would be fetched, or None where the hub gives no answer."""
-    if is_offline_mode() or not is_hub_id(name):
+    """(GB, licence) of the files that would be fetched, or None where the hub does not say (terms to accept, say)."""
+    if not is_hub_id(name):
         return None
     try:
-        files, _, info = hub.list_remote(name)
+        files, info = hub.list_remote(name)
+    except httpx.TransportError:
+        raise
     except hub.HUB_ERRORS:
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
@@ -129,6 +138,8 @@ def fetch_missing(table: pd.DataFrame) -> list[str]:
             print(f"{name} is in {show_path(folder)}", flush=True)
         except hub.ModelError as error:
             failed.append(str(error))
+            if isinstance(error.__cause__, httpx.TransportError):
+                break  # nor will it bring the others
     return failed
 
 

@@ -112,7 +112,7 @@ def find_model(name) -> Path | None:
     if resolve_path(name).exists():
         return resolve_path(name)
     place = ROOT / "models" / str(name).split("/")[-1]
-    return place if is_hub_id(name) and place.name not in SHIPPED and place.is_dir() else None
+    return place if is_hub_id(name) and place.name not in SHIPPED and os.path.lexists(place) else None
 
 
 def is_hub_id(name) -> bool:

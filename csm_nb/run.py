@@ -66,6 +66,7 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
             settings.check_inputs(stage, checked, origins)
             _check_files(checked, origins)
             tasks[language, stage] = Task(language, stage, checked)
+    hub.check_models([task.params for task in tasks.values()])
     for (language, stage), task in tasks.items():
         source = task.params.get("init_adapter")
         if (language, source) in tasks:
@@ -75,7 +76,6 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
         if stage == "04_confusion":
             task.needs += [tasks[key] for key in [(language, "03_adapter")] if key in tasks]
             task.after = [other for other in tasks.values() if other.stage == "03_adapter"]
-    hub.check_models([task.params for task in tasks.values()])
     return list(tasks.values())
 
 

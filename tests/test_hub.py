@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -207,6 +208,13 @@ def test_a_path_is_no_hub_id_and_no_hub_id_is_a_shipped_model(root):
         fetch_model("data/mine/model.safetensors")
 
 
+def test_a_folder_that_is_a_dangling_link_is_named_and_the_hub_not_asked(root):
+    os.symlink("/elsewhere/csm-1b", root / "models/csm-1b")
+    for check in (fetch_model, lambda name: hub.check_models([{"language": "da", "base_model": name}])):
+        with pytest.raises(ModelError, match="csm-1b is a link to /elsewhere/csm-1b, which is not there"):
+            check("sesame/csm-1b")
+
+
 def test_moshis_models_are_looked_at_file_by_file(tmp_path):
     folder = make_model(tmp_path / "moshiko", ("tokenizer-e351c8d8-checkpoint125.safetensors",), config_json=None)
     params = {"language": "da", "codec_model": str(folder), "backend": "moshi"}
@@ -262,14 +270,14 @@ def remote(tmp_path, monkeypatch):
                 shutil.copy(source / file, folder / file)
         return folder
 
-    def snapshot(name, revision=None, allow_patterns=None, local_dir=None, local_files_only=False, **_):
+    def snapshot(name, allow_patterns=None, local_dir=None, local_files_only=False, etag_timeout=0):
         if local_files_only:
             raise hub.LocalEntryNotFoundError("nothing cached")
         asked.extend(allow_patterns)
         return str(copy(name, allow_patterns, local_dir))
 
     siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in FILES.items()]
-    info = SimpleNamespace(siblings=siblings, sha="abc", card_data={"license": "apache-2.0"})
+    info = SimpleNamespace(siblings=siblings, card_data={"license": "apache-2.0"})
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=lambda name, **_: info))
     monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, local_dir=None, **_: str(copy(name, [file], local_dir) / file))
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
@@ -349,6 +357,21 @@ def test_the_rest_is_fetched_to_models_and_found_there(root, remote, monkeypatch
     table = models.list_needed(["no"], "csm-1b", ["01_anchor"])
     assert sorted(table.here) == ["models/csm-1b", "models/mms-lid-126", "models/whisper-large-v3"] and set(table.fault) == {""}
     assert not (root / "models/csm-1b/ckpt.pt").exists()
+
+
+def test_without_a_network_the_hub_is_asked_once_and_the_commands_are_said(root, monkeypatch, capsys):
+    asked = []
+
+    def fail(name, **_):
+        asked.append(name)
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=fail))
+    monkeypatch.setattr(models, "is_offline_mode", lambda: False)
+    assert models.main(["--profile", "csm-1b", "--langs", "no", "--fetch"]) == 1
+    said = capsys.readouterr()
+    assert len(asked) == 3 and "hf download sesame/csm-1b --local-dir models/csm-1b" in said.out  # list, fetch, list again
+    assert said.err.count("error:") == 1 and "ConnectError" in said.err
 
 
 def test_a_disk_that_will_not_hold_the_models_is_said_before_anything_is_fetched(root, remote, monkeypatch):
