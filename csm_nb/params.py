@@ -547,6 +547,8 @@ def open_run(stage: str, namespace: dict) -> Run:
         "inputs": inputs, **describe_commit(ROOT), "versions": describe_versions(), "host": describe_host(),
         "started": time.time(), "process": identify_process(),
     })  # fmt: skip
+    if ":" in params["device"]:  # transformers' Trainer asks nobody and takes the first GPU
+        os.environ["ACCELERATE_TORCH_DEVICE"] = params["device"]
     torch.set_num_threads(min(torch.get_num_threads(), count_cores()))  # torch itself knows nothing of a container's quota
     random.seed(params["seed"])
     np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state

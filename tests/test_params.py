@@ -167,6 +167,19 @@ def test_a_device_is_one_of_those_that_there_are(monkeypatch):
         params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": "cuda:2"}))
 
 
+def test_the_trainer_takes_the_gpu_that_is_named(here, monkeypatch):
+    import torch
+    from accelerate import PartialState
+
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")  # put back afterwards
+    monkeypatch.setattr(params, "check_inputs", lambda *_: None)
+    values = {name: p.default for name, p in params.read_cell("01_anchor").items()} | {"device": "cuda:1"}
+    run = params.open_run("01_anchor", values)
+    PartialState._reset_state()
+    assert PartialState().device == torch.device("cuda:1") and run.params["device"] == "cuda:1"
+    PartialState._reset_state()
+
+
 @pytest.mark.parametrize("package", ["pystoi", "pesq"])
 def test_hash_changes_with_a_package_that_measures_more(here, monkeypatch, package):
     found, base = params.importlib.util.find_spec, place()
