@@ -42,6 +42,7 @@ from csm_nb.texts import count_sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+TRAINING = ("01_anchor", "02_synthetic", "03_adapter")  # the stages that leave an adapter
 STAGES = ("00_mimi_sanity", "01_anchor", "02_synthetic", "03_adapter", "04_confusion", "05_phonemes")
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
@@ -58,7 +59,8 @@ CHOICES = {
 # What a number may be: brackets belong to it, parentheses do not. Numbers that stand in no row are 0 or more.
 RANGES = {
     "[1, inf)": "clips anchor_clips anchor_steps synthetic_clips synthetic_steps corpus_clips adapter_steps phoneme_clips "
-                "phoneme_steps sentences rank alpha max_tokens batch_size accumulate keep_checkpoints codebooks",
+                "phoneme_steps sentences rank alpha batch_size accumulate keep_checkpoints codebooks",
+    "[64, inf)": "max_tokens",  # two or three seconds of speech with their text
     "(0, 1]": "lr adapter_lr depth_ratio",
     "[0, 1)": "dropout",
     "[0, 2147483648)": "seed",  # NumPy takes twice that; stages add to it
@@ -256,6 +258,14 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
         _check_numbers(key, value, found)
         if key == "codebooks" and len(set(value)) < len(value):
             raise ParameterError(f"{found}; allowed is each number once")
+        if key in MODELS and not _names_model(key, value, parameter):
+            more = ", by-language" * (key == "asr_model") + ", empty" * (not parameter.default)
+            raise ParameterError(f"{found}; allowed: models/<folder>, owner/name of the hub{more}")
+        if key == "init_adapter" and value in STAGES and value not in TRAINING[: STAGES.index(stage) - 1]:
+            raise ParameterError(f"{found}; allowed: a stage that trains before {stage} "
+                                 f"({', '.join(TRAINING[: STAGES.index(stage) - 1])}), the folder of an adapter, or empty")
+        if key in ("runs_dir", "adapters_dir") and not value.strip():
+            raise ParameterError(f"{found}; allowed is a folder, such as {parameter.default!r}")
         if key in MODELS and value not in ("", "by-language") and not is_hub_id(value) and find_model(value) is None:
             there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
             raise ParameterError(f"{found}, and there is no such folder; under models/ there are: {there}")
@@ -264,6 +274,15 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
                                  "at the project's root)")
     return effective
+
+
+def _names_model(key, value, parameter):
+    """Whether a model's name has a form that a model's can have; whether it is there is asked elsewhere."""
+    if value == "":
+        return parameter.default == ""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+    return is_hub_id or value.startswith(("models/", "/", ".", "~")) or resolve_path(value).exists() \
+        or key == "asr_model" and value == "by-language"
 
 
 def _check_type(key, value, parameter, origin):
@@ -436,7 +455,7 @@ def _find_adapter(init_adapter, params, inputs):
                 return candidate
         raise ParameterError(
             f"init_adapter is {init_adapter!r}, and {folder} holds no {TRAINED[method]}; allowed: a stage "
-            f"({', '.join(STAGES)}), the folder of an adapter, or empty"
+            f"({', '.join(TRAINING)}), the folder of an adapter, or empty"
         )
     language, runs, base = params["language"], resolve_path(params["runs_dir"]), inputs["base_model"]["hash"]
     for done in sorted(runs.glob(f"{language}/{init_adapter}/*/done.json"), key=os.path.getmtime, reverse=True):
@@ -565,6 +584,8 @@ def open_run(stage: str, namespace: dict) -> Run:
         "inputs": inputs, **describe_commit(ROOT), "versions": describe_versions(), "host": describe_host(),
         "started": time.time(), "process": identify_process(),
     })  # fmt: skip
+    if ":" in params["device"]:  # transformers' Trainer asks nobody and takes the first GPU
+        os.environ["ACCELERATE_TORCH_DEVICE"] = params["device"]
     torch.set_num_threads(min(torch.get_num_threads(), count_cores()))  # torch itself knows nothing of a container's quota
     random.seed(params["seed"])
     np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state

@@ -66,20 +66,13 @@ def end_processes(identities, seconds: float = 5.0) -> list[int]:
 
 def _wait_for(processes, seconds):
     """Those that still run after `seconds`. psutil.wait_procs waits for a zombie as well."""
-    waiting = [[p.pid, created] for p in processes if (created := _created(p))]
+    waiting = [identify_process(process.pid) for process in processes]
     for _ in range(int(seconds / 0.05)):
         waiting = [identity for identity in waiting if is_running(identity)]
         if not waiting:
             break
         time.sleep(0.05)
     return waiting
-
-
-def _created(process):
-    try:
-        return process.create_time()
-    except psutil.Error:
-        return None
 
 
 def count_cores() -> int:

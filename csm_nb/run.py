@@ -140,6 +140,7 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
         for task in tasks:
             if task.state == "running":
                 _stop_process(task.process)
+                _end_kernel(task.folder)
                 _record_failure(task, "interrupted", "Ctrl-C")
                 task.state, task.note = "not run", f"interrupted; {show_path(task.folder)}"
             elif task.state == "waiting":
@@ -197,14 +198,15 @@ def _start_task(task, threads, force=False):
     own = [str(settings.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(own)  # this package, not one that was installed from another checkout
     task.state, task.started = "running", time.time()
+    at_work = {"runner": identify_process(), "papermill": None}
+    write_json(task.folder / settings.RUNNER, at_work)  # before it starts: a kill may come at any time
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(map(str, command))}\n")
         log.flush()
         task.process = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches this process only
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    at_work = {"runner": identify_process(), "papermill": identify_process(task.process.pid)}
-    write_json(task.folder / settings.RUNNER, at_work)
+    write_json(task.folder / settings.RUNNER, at_work | {"papermill": identify_process(task.process.pid)})
     print(f"{_clock()}  {task} started, log: {show_path(task.folder / 'log.txt')}", flush=True)
 
 
@@ -292,8 +294,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--langs", nargs="+", default=["no", "sv", "da"], help="languages: files of params/")
     parser.add_argument("--stages", nargs="+", default=STAGES, metavar="STAGE", help=" ".join(STAGES))
     parser.add_argument("--profile", default="mini", help="models and sizes: mini, csm-1b, test or a YAML file")
-    parser.add_argument("--audio", help="recordings for 00: a manifest.jsonl or a folder")
-    parser.add_argument("--corpus", help="the corpus for 03: a manifest.jsonl or a folder")
+    parser.add_argument("--audio", help="recordings for 00: a manifest.jsonl or a folder, from the project's root")
+    parser.add_argument("--corpus", help="the corpus for 03: a manifest.jsonl or a folder, likewise")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a parameter")
     parser.add_argument("--jobs", type=int, help="notebooks side by side (default: one a core and a language)")
     parser.add_argument("--force", action="store_true", help="run what is done again, beside the old runs")

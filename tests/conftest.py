@@ -7,8 +7,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from csm_nb.processes import count_cores
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
 
 ROOT = Path(__file__).resolve().parents[1]
 

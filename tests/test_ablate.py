@@ -372,10 +372,10 @@ def test_values_come_back_from_the_command_line_as_they_were():
 
 
 def test_a_call_that_a_killed_ablation_left_is_ended_before_its_arm_goes_on(runner, tmp_path):
+    assert ablate.main(runner[1]) == 0
+    call = sorted((tmp_path / "ablate").rglob("no.json"))[0]
     left = POPEN([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    call = tmp_path / "ablate" / "lora" / "no.json"
-    call.parent.mkdir(parents=True)
-    write_json(call, {"ablation": identify_process(), "call": identify_process(left.pid)})  # at work: another ablation's
+    write_json(call, {"ablation": identify_process(), "call": identify_process(left.pid)})  # of one that is at work
     assert ablate.main(runner[1]) == 0 and left.poll() is None
     write_json(call, {"ablation": [2**30, 0.0], "call": identify_process(left.pid)})
     assert ablate.main(runner[1]) == 0

@@ -101,6 +101,13 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
     ("00_mimi_sanity", "f0_method", "crepe", "allowed: praat, pyin, torchcrepe"),
     ("00_mimi_sanity", "marks", "nowhere.tsv", "allowed: a file or a folder, or empty"),
     ("00_mimi_sanity", "audio", 7, "YAML reads .* digits as a number: write them in quotes"),
+    ("00_mimi_sanity", "codec_model", "", "allowed: models/<folder>, owner/name of the hub$"),
+    ("00_mimi_sanity", "asr_model", "byLanguage", "allowed: models/<folder>, owner/name of the hub, by-language$"),
+    ("00_mimi_sanity", "align_model", "mini", "allowed: models/<folder>, owner/name of the hub, empty$"),
+    ("02_synthetic", "init_adapter", "02_synthetic", r"trains before 02_synthetic \(01_anchor\), the folder of an"),
+    ("03_adapter", "init_adapter", "04_confusion", r"trains before 03_adapter \(01_anchor, 02_synthetic\), the folder"),
+    ("01_anchor", "runs_dir", "", "allowed is a folder, such as 'runs'"),
+    ("01_anchor", "max_tokens", 1, "allowed is from 64 on"),
     ("01_anchor", "lr", 0, "allowed is above 0 to 1"),
     ("01_anchor", "lr", float("nan"), "allowed is above 0 to 1"),
     ("01_anchor", "text_weight", float("inf"), "allowed is from 0 on"),
@@ -165,6 +172,19 @@ def test_a_device_is_one_of_those_that_there_are(monkeypatch):
         params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": device, "four_bit": device != "cpu"}))
     with pytest.raises(params.ParameterError, match="device is 'cuda:2': there are 2, from cuda:0 on; allowed are auto"):
         params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": "cuda:2"}))
+
+
+def test_the_trainer_takes_the_gpu_that_is_named(here, monkeypatch):
+    import torch
+    from accelerate import PartialState
+
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")  # put back afterwards
+    monkeypatch.setattr(params, "check_inputs", lambda *_: None)
+    values = {name: p.default for name, p in params.read_cell("01_anchor").items()} | {"device": "cuda:1"}
+    run = params.open_run("01_anchor", values)
+    PartialState._reset_state()
+    assert PartialState().device == torch.device("cuda:1") and run.params["device"] == "cuda:1"
+    PartialState._reset_state()
 
 
 @pytest.mark.parametrize("package", ["pystoi", "pesq"])

@@ -19,7 +19,7 @@ TAUGHT = [path.stem for path in sorted((ROOT / "params").glob("*.yaml")) if path
 VALUES = {
     "device": ["auto", "cpu"], "asr_model": ["by-language", "models/asr-mini", "openai/whisper-large-v3"],
     "codebook_weights": [[], [1.0] * 8], "align_model": ["", "models/asr-mini", "CoRal-project/roest-wav2vec2-315m-v2"],
-    "codec_model": ["kyutai/mimi"], "codebooks": [[1], [8, 1]], "init_adapter": [""],
+    "codec_model": ["kyutai/mimi"], "codebooks": [[1], [8, 1]], "init_adapter": ["", "01_anchor"],
 }  # fmt: skip
 
 
