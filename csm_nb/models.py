@@ -17,9 +17,9 @@ from csm_nb.params import ROOT, STAGES, ParameterError, find_model, is_hub_id, l
 
 GB = 1e9
 POSITION_FLOP, DEPTH_FLOP = 4.0e9, 14.8e9  # of training LoRA on CSM-1B: per position, per frame of the depth decoder (README)
-# Size in GB and licence of what the profiles name, for where the hub can not be asked. Sizes of weights are counted from the
-# models' shapes, at the bytes per parameter that they are published with (whisper-large-v3 two, else four); licences are those of
-# their cards, seen 2026-11. Where the hub can be asked, its own figures are shown.
+# Size in GB and licence of what the profiles name, for where the hub can not be asked: about, and to be looked up on their cards
+# before anything is published. Sizes are counted from the models' shapes, at two bytes per parameter for whisper-large-v3 and
+# four for the others. Where the hub can be asked, its own figures are shown.
 KNOWN = {
     "sesame/csm-1b": (6.6, "apache-2.0, terms to accept on its page"),
     "kyutai/mimi": (0.4, "cc-by-4.0"),

@@ -126,13 +126,11 @@ def is_hub_id(name) -> bool:
 def list_models(params: dict) -> dict[str, list[str]]:
     """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard.
 
-    Those are the language of a stage, English in 01_anchor, and both and all others of `compare` where they are compared.
+    That is the language of a stage, and beside it English, the base's own, and all of `compare` where they are compared.
     """
     models = {key: [params[key]] for key in MODELS if params.get(key)}
     if models.get("asr_model") == ["by-language"]:
-        heard = (params["language"],)
-        if "compare" in params or "anchor_clips" in params:
-            heard = ("en", *params.get("compare", ()))
+        heard = ("en", *params["compare"], params["language"]) if "compare" in params else (params["language"],)
         models["asr_model"] = list(dict.fromkeys(get_language(code).asr for code in heard))
     return models
 
@@ -280,8 +278,7 @@ def _names_model(key, value, parameter):
     """Whether a model's name has a form that a model's can have; whether it is there is asked elsewhere."""
     if value == "":
         return parameter.default == ""
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
-    return is_hub_id or value.startswith(("models/", "/", ".", "~")) or resolve_path(value).exists() \
+    return is_hub_id(value) or value.startswith(("models/", "/", ".", "~")) or resolve_path(value).exists() \
         or key == "asr_model" and value == "by-language"
 
 

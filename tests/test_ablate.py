@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from csm_nb import ablate, arms
+from csm_nb import ablate, arms, audio
 from csm_nb import params as settings
 from csm_nb.arms import ADAPTER, ANCHOR, JUDGING, REFERENCE, STEPS, SYNTHETIC
 from csm_nb.compare import compare_arms, pick_rates, two_way_interval
@@ -166,6 +166,7 @@ def test_shares_are_of_the_clips_that_a_corpus_has(tmp_path):
     rows = [{"text": f"Setning {i}.", "audio_path": f"{i}.wav", "speaker_id": "a", "language": "no"} for i in range(80)]
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    audio.write_audio(tmp_path / "0.wav", np.ones(2400))  # one of them is there: it is no corpus otherwise
     works = arms.plan_works(["no"], "mini", {"corpus": str(manifest), "corpus_clips": 50_000})
     clips = {work.arm: work.calls[0][1].get("corpus_clips") for work in works}
     assert [clips[arm] for arm in ARMS[-4:]] == [50_000, 10, 20, 40]
