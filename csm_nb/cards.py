@@ -21,8 +21,8 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     language = table.get("reads", table.get("language"))
     text = LANGUAGES[language if language in LANGUAGES else "en"].probes[0]
     trained = _find("ADAPTER" if adapter else "MODEL", place)
-    base = _find("BASE", base_id or "unknown") if adapter else trained
-    example = write_example(base, trained if adapter else "", text, voice, tables)
+    start, adapter_on_it = (_find("BASE", base_id or "unknown"), trained) if adapter else (trained, "")
+    example = write_example(start, adapter_on_it, text, voice, tables)
     (Path(folder) / "README.md").write_text(f"""---
 library_name: {"peft" if adapter else "transformers"}
 base_model: {base}
