@@ -119,7 +119,7 @@ def find_text_targets(batch: dict) -> torch.Tensor:
 def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 are faster on `device`: on a GPU of compute capability 8 (Ampere) and later, which
     leaves out a T4 or V100, that only imitate it; on a CPU with AVX512-BF16 or AMX."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -308,7 +308,7 @@ def plan_evaluations(recipe: Recipe) -> list[int]:
 
 def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
     """TrainingArguments of a recipe. Batches come in the plan's order; what is saved or logged when follows the length, and
-    the clock (progress.KeepPace). One device, unless it was launched with more processes (python -m csm_nb.launch)."""
+    the clock (progress.KeepPace). One device, unless launched with more processes (torchrun -m csm_nb.launch)."""
     evaluate = recipe.eval_every or -(-recipe.steps // 3)
     arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed, data_seed=recipe.seed,
