@@ -141,7 +141,7 @@ class CsmTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the Trainer counts the labelled frames of a whole step and hands them over
         config = self.accelerator.unwrap_model(self.model).config
         self.guess = 2 * math.log(config.vocab_size)  # nats: both decoders choose evenly
-        self.trained, self.validated = torch.zeros(6), {}  # sums (count_loss) since the last log; those of each held-out row
+        self.trained, self.validated = torch.zeros(6), {}  # sums of the loss's parts since the last log, and by held-out row
         self.rows_of_step = []
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -179,6 +179,10 @@ class CsmTrainer(Trainer):
             counts = num_items_in_batch.expand(2) if num_items_in_batch.dim() == 0 else num_items_in_batch
             loss = (audio * frames / counts[0] + text * texts / counts[1]) * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
