@@ -119,7 +119,7 @@ def find_text_targets(batch: dict) -> torch.Tensor:
 def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 are faster on `device`: on a GPU of compute capability 8 (Ampere) and later, which
     leaves out a T4 or V100, that only imitate it; on a CPU with AVX512-BF16 or AMX."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -141,7 +141,7 @@ class CsmTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the Trainer counts the labelled frames of a whole step and hands them over
         config = self.accelerator.unwrap_model(self.model).config
         self.guess = 2 * math.log(config.vocab_size)  # nats: both decoders choose evenly
-        self.trained, self.validated = torch.zeros(6), {}  # sums (count_loss) since the last log; those of each held-out row
+        self.trained, self.validated = torch.zeros(6), {}  # sums of the loss's parts since the last log, and by held-out row
         self.rows_of_step = []
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -179,6 +179,10 @@ class CsmTrainer(Trainer):
             counts = num_items_in_batch.expand(2) if num_items_in_batch.dim() == 0 else num_items_in_batch
             loss = (audio * frames / counts[0] + text * texts / counts[1]) * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -308,7 +312,7 @@ def plan_evaluations(recipe: Recipe) -> list[int]:
 
 def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
     """TrainingArguments of a recipe. Batches come in the plan's order; what is saved or logged when follows the length, and
-    the clock (progress.KeepPace). One device, unless it was launched with more processes (python -m csm_nb.launch)."""
+    the clock (progress.KeepPace). One device, unless launched with more processes (torchrun -m csm_nb.launch)."""
     evaluate = recipe.eval_every or -(-recipe.steps // 3)
     arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed, data_seed=recipe.seed,

@@ -325,7 +325,7 @@ def test_a_gpu_that_imitates_bfloat16_does_not_count_as_fast_in_it(capability, f
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability))
-    assert train.has_fast_bfloat16("cuda") == fast
+    assert train.has_fast_bfloat16("cuda") == train.has_fast_bfloat16("cuda:1") == fast
 
 
 def test_one_gpu_is_used_where_several_are_seen_and_nothing_launched_more(tmp_path, monkeypatch):
