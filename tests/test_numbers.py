@@ -76,8 +76,8 @@ def test_ordinals_of_a_month_are_all_different_words(language):
 
 
 @pytest.mark.parametrize("language", CODES)
-@pytest.mark.parametrize("text", ["", "%", "1.", "1.2.3", "12:30", "1 234 567 890 123", "3,", ",5", "0", "00", "a1b2c3", "½ ² ٣", "9" * 400 + "th", "7" * 400 + ". mai",
-                                  "1-2-3 -4"])
+@pytest.mark.parametrize("text", ["", "%", "1.", "1.2.3", "12:30", "1 234 567 890 123", "3,", ",5", "0", "00", "a1b2c3", "½ ² ٣",
+                                  "1-2-3 -4", "9" * 400 + "th", "7" * 400 + ". mai"])
 def test_any_text_comes_through_without_digits(language, text):
     said = unify_numbers(spell_numbers(text, language), language)
     assert not any(character.isdecimal() for character in said)
