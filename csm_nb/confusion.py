@@ -25,6 +25,7 @@ from csm_nb.speakers import get_speakers, pick_voice
 from csm_nb.synth import VOICES, speak_text
 from csm_nb.texts import make_sentences
 
+FEWEST = 10  # sentences below which a bootstrap of them decides nothing: of two it is as narrow as they are alike
 HOME = "en"  # what the base model was taught
 PROBES, HELD_OUT = "probes", "held-out"  # the kinds of sentences; nothing was chosen on the held-out ones
 
@@ -243,6 +244,7 @@ def compare_inputs(rows: pd.DataFrame, spelled: list[dict], phonemic: list[dict]
     """("phonemes" | "spelling" | "no difference shown (n = ..)", metrics): the paired CER difference, spelling minus phonemes.
 
     The interval is a 95 % bootstrap over sentences, of which each counts as 1 at most; a side wins when it leaves out zero.
+    Fewer than 10 sentences are "unclear".
     """
     rows = rows.assign(cer=rows.cer.clip(upper=1))
     by_text = rows.pivot_table(index="text", columns="model", values="cer")
@@ -256,4 +258,6 @@ def compare_inputs(rows: pd.DataFrame, spelled: list[dict], phonemic: list[dict]
         "loss_spelling": last["spelling"], "loss_phonemes": last["phonemes"],
     }
     verdict = "phonemes" if low > 0 else "spelling" if high < 0 else f"no difference shown (n = {len(by_text)})"
+    if len(by_text) < FEWEST:
+        verdict = f"unclear: {len(by_text)} of {FEWEST} sentences"
     return verdict, metrics

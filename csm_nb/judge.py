@@ -29,7 +29,7 @@ WHISPER_TOKENS = 440  # it has 448 places, some of which the prompt takes
 _NAMES = {
     "no": ("nb", "nn", "nor", "bokmål", "bokmal", "nynorsk", "norsk"), "sv": ("svenska",), "da": ("dansk",),
     "de": ("ger", "deutsch"), "fr": ("fre", "français"), "es": ("castilian", "español"),
-    "nl": ("dut", "flemish", "nederlands"), "it": ("italiano",), "pl": ("polski",), "en": (),
+    "nl": ("dut", "flemish", "nederlands"), "it": ("italiano",), "pl": ("polski",),
 }  # fmt: skip
 _LABELS = {
     name.lower(): code for code, entry in LANGUAGES.items()

@@ -118,7 +118,7 @@ def _spell_hundreds(number, language):
     many, rest = divmod(number, 100)
     hundred = {"en": "hundred", "no": "hundre", "sv": "hundra", "da": "hundrede", "de": "hundert", "nl": "honderd"}[language]
     joined = language in ("sv", "de", "nl")
-    count = "" if many == 1 and language != "en" else "ein" if many == 1 and language == "de" else _spell_small(many, language)
+    count = "" if many == 1 else _spell_small(many, language)
     head = count + hundred if joined else f"{count} {hundred}".strip()
     if not rest:
         return head
@@ -188,10 +188,8 @@ def spell_numbers(text: str, language: str) -> str:
 
     def spell(match):
         digits = re.sub(r"\D", "", match["whole"])
-        if match["ordinal"] is not None:
-            said = _inflect(int(digits), match, language)
-        else:
-            said = _read_digits(digits, language)
+        ordinal = match["ordinal"] is not None and len(digits) <= 2
+        said = _inflect(int(digits), match, language) if ordinal else _read_digits(digits, language)
         if match["decimals"]:
             said += f" {words.point} {_read_decimals(match['decimals'], language)}"
         before = f"{words.minus} " if match["minus"] else ""
@@ -219,7 +217,7 @@ def _inflect(number, match, language):
     said, suffix = spell_ordinal(number, language), match["ordinal"]
     if language == "de" and re.search(r"\b(?:am|beim|bis|dem|den|des|im|seit|vom|zum)\s+$", match.string[: match.start()], re.I):
         return said + "n"
-    if language == "fr" and number == 1 and "r" in suffix and suffix[0] != "e" or suffix in ("re", "res"):
+    if language == "fr" and number == 1 and suffix.rstrip("s") in ("re", "ère", "ere"):
         return "première"
     if suffix.endswith("ª"):
         return said[:-1] + "a"

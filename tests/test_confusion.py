@@ -112,6 +112,8 @@ def test_phonemes_win_only_when_the_interval_leaves_out_zero():
     assert compare_inputs(rows((0.3, 0.1)), history, history)[0] == "phonemes"
     assert compare_inputs(rows((-0.3, 0.1)), history, history)[0] == "spelling"
     assert compare_inputs(rows((0.0, 1.0)), history, history)[0] == "no difference shown (n = 20)"
+    few = rows((0.3, 0.0))
+    assert compare_inputs(few[few.text.isin(texts[:2])], history, history)[0] == "unclear: 2 of 10 sentences"
 
 
 def test_adapters_that_are_missing_are_named(tmp_path):

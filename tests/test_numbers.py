@@ -56,7 +56,8 @@ def test_what_is_no_number_and_the_article_are_left_alone(language, text):
     ("da", "Den 30. december, 1.905,5", "Den tredivte december, nitten hundrede og fem komma fem"),
     ("da", "50. gang, 101 dage", "halvtredsindstyvende gang, hundrede og et dage"),
     ("de", "Am 17. Mai, das 3. Mal. Er ist 27. Sie", "Am siebzehnten Mai, das dritte Mal. Er ist siebenundzwanzig. Sie"),
-    ("fr", "le 1er mai, la 1re fois, au 21e siècle", "le premier mai, la première fois, au vingt et unième siècle"),
+    ("fr", "le 1er mai, la 1re et la 1ère fois, au 21e siècle",
+     "le premier mai, la première et la première fois, au vingt et unième siècle"),
     ("es", "3,5 y la 2ª vez de 21000", "tres coma cinco y la segunda vez de veintiún mil"),
     ("nl", "De 1e van 1.000.000 en 101", "De eerste van een miljoen en honderdeen"),
     ("it", "Il 1º maggio, la 2ª", "Il primo maggio, la seconda"),
@@ -76,7 +77,7 @@ def test_ordinals_of_a_month_are_all_different_words(language):
 
 @pytest.mark.parametrize("language", CODES)
 @pytest.mark.parametrize("text", ["", "%", "1.", "1.2.3", "12:30", "1 234 567 890 123", "3,", ",5", "0", "00", "a1b2c3", "½ ² ٣",
-                                  "1-2-3 -4"])
+                                  "1-2-3 -4", "9" * 400 + "th", "7" * 400 + ". mai"])
 def test_any_text_comes_through_without_digits(language, text):
     said = unify_numbers(spell_numbers(text, language), language)
     assert not any(character.isdecimal() for character in said)
