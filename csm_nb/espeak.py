@@ -1,7 +1,6 @@
 """espeak-ng from the wheel that carries it (no download, no root): its library and data, and how it is started."""
 
 import _ctypes
-import contextlib
 import ctypes
 import functools
 import os
@@ -56,18 +55,10 @@ def load_library() -> tuple[ctypes.CDLL, int]:
     return library, rate
 
 
-@contextlib.contextmanager
-def show_data():
-    """Let an espeak-ng that is started without the path of its data (phonemizer's) find them, by an environment variable.
+def show_data() -> None:
+    """Let every espeak-ng in this process that is started without the path of its data (phonemizer's) find them.
 
-    Raises RuntimeError where it would not start; without a check of its own it ends the process.
+    By the environment variable that it reads. Raises RuntimeError where it would not start, which ends the process there.
     """
     load_library()
-    before = os.environ.get("ESPEAK_DATA_PATH")
     os.environ["ESPEAK_DATA_PATH"] = _make_folder().name
-    try:
-        yield
-    finally:
-        os.environ.pop("ESPEAK_DATA_PATH")
-        if before is not None:
-            os.environ["ESPEAK_DATA_PATH"] = before

@@ -108,8 +108,8 @@ def _load_backend(voice: str) -> EspeakBackend:
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path("")  # it would resolve the short path that espeak-ng needs
     os.environ.pop("PHONEMIZER_ESPEAK_DATA_PATH", None)
-    with show_data():
-        return EspeakBackend(voice, with_stress=True, language_switch="remove-flags", logger=get_logger("quiet"))
+    show_data()
+    return EspeakBackend(voice, with_stress=True, language_switch="remove-flags", logger=get_logger("quiet"))
 
 
 def _ask_espeak(words: list[str], language: str) -> Iterator[str]:

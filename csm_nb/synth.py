@@ -118,7 +118,7 @@ def make_corpus(texts, language: str, out_dir, voices=VOICES, spoken_as: str | N
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    rows, loaded = [], espeak.load_library()
+    texts, rows, loaded = list(texts), [], espeak.load_library()  # whatever makes the texts may speak itself
     with ThreadPoolExecutor(2) as writers:
         for number, text in enumerate(texts):
             voice = voices[number % len(voices)]
