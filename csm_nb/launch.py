@@ -51,7 +51,8 @@ def train_run(folder) -> list[dict]:
     torch.manual_seed(params["seed"])
     base = inputs["base_model"]["path"]
     base = resolve_path(base) if resolve_path(base).exists() else base
-    model, processor = csm.load_base(base, device, params["dtype"], params["four_bit"], params["backend"])
+    model, processor = csm.load_base(base, device, params["dtype"], params["four_bit"], params["backend"],
+                                     params["method"])
     before = inputs.get("init_adapter")
     before = resolve_path(before["path"]) if before else None
     model = csm.start_training(model, params["method"], before, *(params[key] for key in ("rank", "alpha", "dropout")),
