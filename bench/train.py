@@ -48,7 +48,7 @@ SECONDS, CHARACTERS = (2.0, 12.0), 15  # length of a clip; of its text, a second
 BATCH, ACCUMULATE, PADDED = 2, 4, 256  # of the notebook
 RATIO = 1 / 16
 WARM_UP = 1  # steps
-GFLOP_POSITION, GFLOP_FRAME = 4.0, 14.8  # shared/facts/stack.md: a backbone position, a frame of the depth decoder
+GFLOP_POSITION, GFLOP_FRAME = 4.0, 14.8  # counted on the shape: a backbone position, a frame of the depth decoder
 PEAK = 989e3  # GFLOP/s of an H100 or H200, dense, bfloat16
 
 

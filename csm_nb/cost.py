@@ -20,7 +20,7 @@ from csm_nb.batches import Clips, PackedRows, collate, plan_rows, read_clips
 from csm_nb.processes import read_memory_left
 from csm_nb.train import Recipe, compute_loss, half_precision, inner_model, plan_choices, prepare_model, restore_model
 
-PLAN = {"anchor": 10, "synthetic": 100, "real": 50}  # hours of speech a language in the seed guide's three trainings
+PLAN = {"anchor": 10, "synthetic": 100, "real": 50}  # hours of speech of a language's three trainings, as a plan
 EPOCHS = 3
 EXAMINED = 2048  # rows of the plan that are looked at for the largest batch; later ones are packed in the same way
 GIB = 2**30
@@ -104,7 +104,7 @@ def describe_cost(cost: dict) -> str:
 
 
 def tabulate_cost(cost: dict) -> pd.DataFrame:
-    """measure_cost's result as a table: this run and the seed guide's three trainings of a language, each for three epochs.
+    """measure_cost's result as a table: this run and the plan of a language's three trainings, each for three epochs.
 
     Columns: audio (hours that pass through, repeats counted), steps, hours, and price if one was given.
     """

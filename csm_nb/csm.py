@@ -146,7 +146,7 @@ def tie_codebooks(model, missing_keys=()) -> str:
     """Makes the backbone's and the depth decoder's codebook table one tensor again, and says which one was kept.
 
     transformers 5.17 leaves them two, and fills the one that a checkpoint does not hold with random numbers, without an
-    error (shared/facts/stack.md). `missing_keys` is what `from_pretrained(..., output_loading_info=True)` reports.
+    error. `missing_keys` is what `from_pretrained(..., output_loading_info=True)` reports.
     """
     missing = set(missing_keys)
     if {BACKBONE_TABLE, DEPTH_TABLE} <= missing:
