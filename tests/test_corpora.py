@@ -31,7 +31,7 @@ def manifest(tmp_path):
 
 def test_a_manifest_moves_with_its_folder_and_keeps_every_field(manifest, tmp_path):
     assert json.loads(manifest.read_text().splitlines()[0])["audio_path"] == "wavs/0.wav"
-    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
     rows = read_manifest(moved / "manifest.jsonl")
     assert rows[3]["audio_path"] == str(moved / "wavs/3.wav") and rows[3]["age"] == 3
 
