@@ -30,7 +30,7 @@ def test_marks_are_read_in_any_unicode_encoding_and_form(tmp_path):
         found = marks.read_marks(path)
         assert found == {"på": [[0.1, 0.4, True]]}
     rows = [{"audio_path": f"x/{name}.wav", "text": ""} for name in ("på", "pa\u030a")]
-    assert len(marks.find_windows(rows, found)[0]) == 2
+    assert [len(marks.find_windows([row], found)[0]) for row in rows] == [1, 1]  # two files of one name would be in doubt
     path.write_bytes("audio\tstart\tend\tstod\npå.wav\t0.1\t0.4\t1\n".encode("latin-1"))
     with pytest.raises(marks.MarksError, match="marks.tsv, line 2: not UTF-8"):
         marks.read_marks(path)
