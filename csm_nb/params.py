@@ -372,9 +372,9 @@ def _count_devices(device, needed, refuse):
 
 def _count_codebooks(model, field):
     """The codebooks of a Mimi or CSM folder by its config; None where that does not say, or the model is not here yet."""
-    path = resolve_path(model or "") / "config.json"
+    path = (find_model(model) if model else None) or Path("")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config = config.get("codec_config") or config if field == "num_quantizers" else config
         return config.get(field) if type(config.get(field)) is int else None
     except (OSError, ValueError, AttributeError):
