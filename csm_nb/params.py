@@ -258,15 +258,15 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{found}; allowed is each number once")
         if key in MODELS and not _names_model(key, value, parameter):
             more = ", by-language" * (key == "asr_model") + ", empty" * (not parameter.default)
-            raise ParameterError(f"{found}; allowed: models/<folder>, owner/name of the hub{more}")
+            there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
+            missing = ", and there is no such folder" * bool(value)
+            raise ParameterError(f"{found}{missing}; allowed: models/<folder>, owner/name of the hub{more}; under models/ there "
+                                 f"are: {there}")
         if key == "init_adapter" and value in STAGES and value not in TRAINING[: STAGES.index(stage) - 1]:
             raise ParameterError(f"{found}; allowed: a stage that trains before {stage} "
                                  f"({', '.join(TRAINING[: STAGES.index(stage) - 1])}), the folder of an adapter, or empty")
         if key in ("runs_dir", "adapters_dir") and not value.strip():
             raise ParameterError(f"{found}; allowed is a folder, such as {parameter.default!r}")
-        if key in MODELS and value not in ("", "by-language") and not is_hub_id(value) and find_model(value) is None:
-            there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
-            raise ParameterError(f"{found}, and there is no such folder; under models/ there are: {there}")
         if key in (*RECORDINGS, *FILES) and value and not resolve_path(value).exists():
             allowed = "a manifest.jsonl, a folder of audio" if key in RECORDINGS else "a file" + " or a folder" * (key == "marks")
             raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
@@ -275,11 +275,10 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
 
 
 def _names_model(key, value, parameter):
-    """Whether a model's name has a form that a model's can have; whether it is there is asked elsewhere."""
+    """Whether a model is here, or may be on the hub: which of those that are here are whole, hub.check_models asks."""
     if value == "":
         return parameter.default == ""
-    return is_hub_id(value) or value.startswith(("models/", "/", ".", "~")) or resolve_path(value).exists() \
-        or key == "asr_model" and value == "by-language"
+    return is_hub_id(value) or find_model(value) is not None or key == "asr_model" and value == "by-language"
 
 
 def _check_type(key, value, parameter, origin):
