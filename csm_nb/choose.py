@@ -83,7 +83,7 @@ def compare_losses(before, after) -> dict:
     falls = before - after
     low, high = bootstrap_interval(falls) if np.isfinite(falls).all() else (np.nan, np.nan)  # which is never learned
     first, last, fall, count = before.mean(), after.mean(), falls.mean(), len(falls)
-    words = f"the loss on {count} held-out clips went from {first:.2f} to {last:.2f} nats"
+    words = f"the loss on {count} held-out clip{'s' * (count != 1)} went from {first:.2f} to {last:.2f} nats"
     if count < FEWEST_CLIPS:
         verdict = "unclear"
         because = f"{words}; it takes {FEWEST_CLIPS} clips and more to decide: hold out {FEWEST_CLIPS - count} more"
