@@ -211,6 +211,9 @@ def _start_task(task, threads, force=False):
         if ended := end_processes(settings.find_orphans(folder)):
             print(f"{_clock()}  {task} ended {', '.join(map(str, ended))}, left at work by a call that was killed", flush=True)
     task.folder = settings.choose_folder(base)
+    if settings.is_alive(base):
+        print(f"{_clock()}  {task} another call is at work on it in {show_path(base)}, and this one does it again beside that;"
+              " Ctrl-C, and call again when the other is done, to take its result", flush=True)
     task.folder.mkdir(parents=True, exist_ok=True)
     notebook = task.folder / "notebook.ipynb"
     if notebook.is_file() and read_json(task.folder / "run.json").get("status") != "interrupted":

@@ -267,10 +267,16 @@ def test_a_second_call_leaves_a_living_one_alone(project):
     put_cell(project, "01_anchor", WAITING)
     process, papermill, kernel = start_and_wait(project)
     first = find_run(project, "01_anchor")
+    second = start(project, "--langs", "da", "--stages", "01_anchor")
+    for _ in range(600):
+        if first.with_name(f"{first.name}.2").is_dir():
+            break
+        time.sleep(0.1)
     (project / "notebooks" / "go-on").touch()
-    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
-    assert (code, process.wait(60)) == (0, 0), output
+    output = second.communicate(timeout=120)[0]
+    assert (second.returncode, process.wait(60)) == (0, 0), output
     assert "ended" not in output and read_json(first / "run.json")["process"] == kernel
+    assert f"another call is at work on it in runs/da/01_anchor/{first.name}, and this one does it again" in output
 
 
 def test_force_runs_what_is_done_again_beside_it(project):
