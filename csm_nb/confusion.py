@@ -41,8 +41,9 @@ def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[s
     for code, path in found.items():
         try:
             taught = read_json(path / "base.json").get("language", code)
-        except ValueError as error:
-            raise AdapterError(f"{path}/base.json is half a file ({error}); fetch it again, or train it again") from error
+        except (ValueError, AttributeError) as error:
+            raise AdapterError(f"{path}/base.json is half a file, or none of an adapter's ({error}); fetch it again, or train it "
+                               "again") from error
         if taught != code:
             raise AdapterError(f"{path} is trained on {taught}, by its base.json, and would be read as the one of {code}: rename "
                                f"it to {method}_{taught}, or run 03_adapter for {code}")
