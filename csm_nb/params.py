@@ -272,7 +272,8 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{found}; allowed is each number once")
         if key in MODELS and not _names_model(key, value, parameter):
             more = ", by-language" * (key == "asr_model") + ", empty" * (not parameter.default)
-            raise ParameterError(f"{found}; allowed: models/<folder>, owner/name of the hub{more}")
+            lost = ", and there is no such folder" * bool(value)
+            raise ParameterError(f"{found}{lost}; allowed: models/<folder>, owner/name of the hub{more}")
         if key == "init_adapter" and value in STAGES and value not in TRAINING[: STAGES.index(stage) - 1]:
             raise ParameterError(f"{found}; allowed: a stage that trains before {stage} "
                                  f"({', '.join(TRAINING[: STAGES.index(stage) - 1])}), the folder of an adapter, or empty")
