@@ -22,6 +22,7 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     text = LANGUAGES[language if language in LANGUAGES else "en"].probes[0]
     trained = _find("ADAPTER" if adapter else "MODEL", place)
     start, adapter_on_it = (_find("BASE", base_id or "unknown"), trained) if adapter else (trained, "")
+    here = "" if "root / " in trained else f" It looks for `{_shorten(place)}` in the folder that it is run in."
     example = write_example(start, adapter_on_it, text, voice, tables)
     (Path(folder) / "README.md").write_text(f"""---
 library_name: {"peft" if adapter else "transformers"}
@@ -36,7 +37,7 @@ tags: [text-to-speech, csm{", lora" if adapter else ""}]
 
 The example speaks a sentence into `speech.wav`, with transformers{", peft" if adapter else ""} and soundfile. Run it as it
 stands: in the folder of csm-nb, or anywhere with the Python that csm-nb is installed for. Where a folder was moved, name it:
-`{"BASE=... ADAPTER=..." if adapter else "MODEL=..."} python example.py`.
+`{"BASE=... ADAPTER=..." if adapter else "MODEL=..."} python example.py`.{here}
 
 On loading, transformers reports `{tables[0]}` as MISSING. Nothing is: the checkpoint holds one of
 two equal codebook tables, and transformers 5.17 fills the other with random numbers. The line after it makes them one again.

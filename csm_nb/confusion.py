@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from csm_nb.csm import load_adapter, load_base, remove_adapters
+from csm_nb.csm import AdapterError, load_adapter, load_base, remove_adapters
 from csm_nb.judge import (
     average_cer,
     bootstrap_interval,
@@ -20,6 +20,7 @@ from csm_nb.judge import (
 )
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.params import TRAINED, resolve_path
+from csm_nb.provenance import read_json
 from csm_nb.speak import speak
 from csm_nb.speakers import get_speakers, pick_voice
 from csm_nb.synth import VOICES, speak_text
@@ -31,9 +32,21 @@ PROBES, HELD_OUT = "probes", "held-out"  # the kinds of sentences; nothing was c
 
 
 def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[str]]:
-    """({language: folder}, languages without one) among `folder`/lora_<language>, or full_<language> by method "full"."""
+    """({language: folder}, languages without one) among `folder`/lora_<language>, or full_<language> by method "full".
+
+    Raises AdapterError for one that says of itself that it is of another language.
+    """
     paths = {code: resolve_path(folder) / f"{method}_{code}" for code in languages}
     found = {code: path for code, path in paths.items() if (path / TRAINED[method]).exists()}
+    for code, path in found.items():
+        try:
+            taught = read_json(path / "base.json").get("language", code)
+        except (ValueError, AttributeError) as error:
+            raise AdapterError(f"{path}/base.json is half a file, or none of an adapter's ({error}); fetch it again, or train it "
+                               "again") from error
+        if taught != code:
+            raise AdapterError(f"{path} is trained on {taught}, by its base.json, and would be read as the one of {code}: rename "
+                               f"it to {method}_{taught}, or run 03_adapter for {code}")
     return found, [code for code in languages if code not in found]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.clean import EncodingError, clean_text, compose, find_file, read_lines, read_text
-from csm_nb.languages import get_language
+from csm_nb.judge import read_label
+from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.params import resolve_path
 
 REQUIRED = ("text", "audio_path", "speaker_id", "language")
@@ -100,7 +102,8 @@ def _to_name(value):
 def _to_code(value):
     if not isinstance(value, str) or not value.strip():
         raise ValueError
-    return value.strip()
+    known = read_label(value)  # DA, dan, da-DK, Danish
+    return value.strip() if known == "other" else known
 
 
 def _to_path(value):
@@ -180,7 +183,12 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
     chosen = [row for row in rows if row["language"] == code]
     if not chosen:
         found = ", ".join(sorted({str(row["language"]) for row in rows})) or "no clip at all"
-        raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}")
+        allowed = f"in a manifest `language` is one of {', '.join(LANGUAGES)}"
+        if not rows and source.is_dir():
+            kinds = Counter(path.suffix.lower() for path in source.rglob("*") if path.is_file() and path.suffix)
+            among = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(5)) or "no files"
+            allowed = f"among {among}; clips are {' '.join(SUFFIXES)} (others: ffmpeg -i clip.m4a clip.wav)"
+        raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}; {allowed}")
     if limit is None or limit >= len(chosen):
         return chosen
     return [chosen[i] for i in sorted(np.random.default_rng(seed).permutation(len(chosen))[:limit])]
@@ -216,6 +224,32 @@ def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_
         reasons = "; ".join(f"{Path(row['audio_path']).name}: {row['reason']}" for row in set_aside[:3])
         raise CorpusError(f"none of {len(set_aside)} clips can be used: {reasons or 'the corpus is empty'}")
     return good, set_aside
+
+
+def check_enough(rows, min_seconds: float = 0.3, max_seconds: float = 30.0) -> None:
+    """Raise CorpusError where no clip could be held out of `rows`: only one can be used, or all say the same in one voice.
+
+    Only the files' headers are read, and no more of them than it takes, so that it can be asked before anything starts.
+    """
+    first, reasons = None, []
+    for row in rows:
+        reason = row.get("text_fault") or ("" if any(map(str.isalnum, row["text"])) else "no text")
+        try:
+            seconds = 0.0 if reason else soundfile.info(row["audio_path"]).duration
+            if not reason and not min_seconds <= seconds <= max_seconds:
+                reason = f"{seconds:.2f} s long; allowed are {min_seconds:g} to {max_seconds:g} s"
+        except (soundfile.LibsndfileError, OSError) as error:
+            reason = str(error)
+        if reason:
+            reasons.append(f"{Path(row['audio_path']).name}: {reason}")
+            continue
+        said = row["text"].lower(), row["speaker_id"]
+        if first not in (None, said):
+            return
+        first = said
+    what = "none can be used" if first is None else f"those that can be used all say {first[0]!r:.60} in one voice"
+    raise CorpusError(f"of the {len(rows)} clips that are drawn {what}, and one has to be held out that says something else, "
+                      f"or in another voice{': ' * bool(reasons)}{'; '.join(reasons[:3])}")
 
 
 def list_remarks(rows, set_aside) -> pd.DataFrame:

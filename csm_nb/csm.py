@@ -431,14 +431,15 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
         if base_id:
             model.peft_config["default"].base_model_name_or_path = show_path(base_id)
         model.save_pretrained(partial, save_embedding_layers=False)  # peft would ask the hub; a trained table is saved anyway
-        write_record(model, partial)
+        write_record(model, partial, (card or {}).get("language", ""))
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 
 
-def write_record(model, folder) -> None:
-    """Write base.json: the base that an adapter needs (describe_base) and the speakers that it or the model was trained with."""
-    record = describe_base(model) | {"speakers": get_speakers(model)}
+def write_record(model, folder, language: str = "") -> None:
+    """Write base.json: the base that an adapter needs (describe_base), the speakers that it or the model was trained with, and
+    its language."""
+    record = describe_base(model) | {"speakers": get_speakers(model)} | ({"language": language} if language else {})
     (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -447,7 +448,7 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
     """Writes a fully trained model as save_base does, with a model card as save_adapter does, and returns the folder."""
     with _write_folder(folder) as partial:
         _write_base(model, processor, partial, dtype)
-        write_record(model, partial)
+        write_record(model, partial, (card or {}).get("language", ""))
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 

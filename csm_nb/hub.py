@@ -25,6 +25,11 @@ PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 PARTS = {"base_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "asr_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR},
          "align_model": {"a tokenizer": TOKENIZER, "a processor": PROCESSOR}, "lid_model": {"a processor": PROCESSOR}}
+# What a model is by its config.json, by the parameter that names it: field, what it must match there, and that in words.
+KINDS = {"base_model": ("model_type", r"csm", "a CSM model"), "codec_model": ("model_type", r"csm|mimi", "Mimi, or a CSM model"),
+         "lid_model": ("architectures", r".*Classification", "a language ID (audio classification)"),
+         "asr_model": ("architectures", r"(?!Csm|Mimi).*(?<!Classification)", "a speech recogniser"),
+         "align_model": ("architectures", r".*CTC.*", "a CTC recogniser: others, such as Whisper, give no times")}
 HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
 
 
@@ -138,11 +143,25 @@ def check_models(settings) -> None:
     for key, name, moshi in _list_named(settings):
         place = find_model(name)
         if place is not None and place.is_dir() and not moshi:
+            _check_kind(place, name, key)
             check_folder(place, name, key)
         elif place is not None:
             files = [place] if not place.is_dir() else [*place.glob("*.safetensors"), *place.glob("*.json")]
             if faults := [fault for path in files if (fault := find_fault(path))]:
                 raise ModelError(f"{name}: {'; '.join(faults[:3])}. {_tell_remedy(place, name, faults[0])}")
+
+
+def _check_kind(folder, name, use):
+    """Raise ModelError for a model of another kind, as its config.json says; one that says nothing passes."""
+    field, pattern, wanted = KINDS[use]
+    try:
+        said = json.loads((folder / "config.json").read_bytes())[field]
+    except (OSError, ValueError, LookupError, TypeError):  # check_folder says what of it there is to say
+        return
+    kinds = said if isinstance(said, list) else [said]
+    if said and not any(re.fullmatch(pattern, str(kind)) for kind in kinds):
+        raise ModelError(f"{name}: {show_path(folder)}/config.json says {field} {', '.join(map(str, kinds))}; allowed for "
+                         f"{use} is {wanted}")
 
 
 def list_missing(settings) -> list[str]:

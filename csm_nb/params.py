@@ -17,6 +17,7 @@ import random
 import re
 import resource
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,9 @@ CHOICES = {
 }  # fmt: skip
 # What a number may be: brackets belong to it, parentheses do not. Numbers that stand in no row are 0 or more.
 RANGES = {
-    "[1, inf)": "clips anchor_clips anchor_steps synthetic_clips synthetic_steps corpus_clips adapter_steps phoneme_clips "
-                "phoneme_steps sentences rank alpha batch_size accumulate keep_checkpoints codebooks",
+    "[1, inf)": "clips anchor_clips anchor_steps synthetic_clips synthetic_steps adapter_steps phoneme_clips phoneme_steps "
+                " sentences rank alpha batch_size accumulate keep_checkpoints codebooks",
+    "[2, inf)": "corpus_clips",  # one of them is held out
     "[64, inf)": "max_tokens",  # two or three seconds of speech with their text
     "(0, 1]": "lr adapter_lr depth_ratio",
     "[0, 1)": "dropout",
@@ -212,7 +214,7 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
             others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
             raise ParameterError(f"{show_path(path)}: no such file; in that folder there are: {others}")
         try:
-            content = yaml.safe_load(read_text(path)) or {}
+            content = yaml.load(read_text(path), _StrictLoader) or {}
         except EncodingError as error:
             raise ParameterError(str(error)) from error
         except (yaml.YAMLError, ValueError, OSError) as error:
@@ -231,6 +233,18 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
                 f"The notebooks' parameters are: {', '.join(sorted(known))}"
             )
     return values, origins
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two, plain YAML takes the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key, _ in node.value:
+            first = lines.setdefault(key.value if isinstance(key, yaml.ScalarNode) else id(key), key.start_mark.line + 1)
+            if first != key.start_mark.line + 1:
+                raise ValueError(f"{key.value} is given twice, in lines {first} and {key.start_mark.line + 1}; leave one")
+        return super().construct_mapping(node, deep)
 
 
 def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
@@ -349,8 +363,10 @@ def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
     for key in ("runs_dir", "adapters_dir"):
         place = resolve_path(params.get(key, "."))
         there = next(folder for folder in (place, *place.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            fault = "not to be written to" if there.is_dir() else "no folder"
+        try:
+            tempfile.TemporaryFile(dir=there).close()  # root may write anywhere by its rights, and can not below /proc
+        except OSError as error:
+            fault = f"not to be written to ({error.strerror})" if there.is_dir() else "no folder"
             refuse(key, f"{there} is {fault}; allowed is a folder, or one that can be made")
 
 

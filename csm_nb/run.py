@@ -6,12 +6,14 @@ Killed in any of its processes and called again, it ends what is left of them an
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,8 @@ from csm_nb.params import FILES, RECORDINGS, STAGES, ParameterError, resolve_pat
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
 from csm_nb.report import build_index, export_html
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -60,6 +64,9 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
     tasks, stages = {}, sorted(set(stages))
     for language in dict.fromkeys(languages):
         values, origins = settings.load_params(settings.find_params(language, profile), overrides)
+        if values.get("language", language) != language:  # a profile's; the language's own file says its own
+            raise ParameterError(f"{origins['language']}: language is {values['language']!r}, and this call is for {language!r}; "
+                                 "leave it out: the language is chosen by --langs (make run LANGS=...)")
         _check_used(overrides or {}, stages)
         for stage in stages:
             checked = settings.check_params(stage, values | {"language": language}, origins)
@@ -108,6 +115,17 @@ def _check_files(params, origins):
         if key == "corpus" and not any(str(row["text"] or "").strip() for row in rows):
             raise ParameterError(f"{found}: none of its {len(rows)} clips has a text: a manifest's `text`, or a .txt beside each "
                                  "clip of a folder")
+        if key == "corpus":
+            _check_draw(found, path, params)
+
+
+def _check_draw(found, path, params):
+    from csm_nb import corpora
+
+    try:
+        corpora.check_enough(corpora.load_corpus(path, params["language"], params["corpus_clips"], params["seed"]))
+    except corpora.CorpusError as error:
+        raise ParameterError(f"{found}, corpus_clips is {params['corpus_clips']}: {error}") from error
 
 
 def _read_file(key, path, language):
@@ -137,15 +155,28 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
             else:
                 time.sleep(0.1)
     except BaseException:  # no notebook outlives this process
-        for task in tasks:
-            if task.state == "running":
-                _stop_process(task.process)
-                _end_kernel(task.folder)
-                _record_failure(task, "interrupted", "Ctrl-C")
-                task.state, task.note = "not run", f"interrupted; {show_path(task.folder)}"
-            elif task.state == "waiting":
-                task.state = "not run"
+        with _ignore_signals():
+            for task in tasks:
+                if task.state == "running":
+                    _stop_process(task.process)
+                    _end_kernel(task.folder)
+                    _record_failure(task, "interrupted", "Ctrl-C")
+                    task.state, task.note = "not run", f"interrupted; {show_path(task.folder)}"
+                elif task.state == "waiting":
+                    task.state = "not run"
         raise
+
+
+@contextlib.contextmanager
+def _ignore_signals():
+    """A second Ctrl-C, or make's SIGTERM beside that of `timeout`, would stop the ending and leave kernels at work."""
+    mine = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING} if mine else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_ready(task, tasks):
@@ -180,6 +211,9 @@ def _start_task(task, threads, force=False):
         if ended := end_processes(settings.find_orphans(folder)):
             print(f"{_clock()}  {task} ended {', '.join(map(str, ended))}, left at work by a call that was killed", flush=True)
     task.folder = settings.choose_folder(base)
+    if settings.is_alive(base):
+        print(f"{_clock()}  {task} another call is at work on it in {show_path(base)}, and this one does it again beside that;"
+              " Ctrl-C, and call again when the other is done, to take its result", flush=True)
     task.folder.mkdir(parents=True, exist_ok=True)
     notebook = task.folder / "notebook.ipynb"
     if notebook.is_file() and read_json(task.folder / "run.json").get("status") != "interrupted":

@@ -138,6 +138,13 @@ def test_a_base_is_looked_for_where_it_lies(base, found, tmp_path):
     assert f'base = os.environ.get("BASE", {found})\n' in (tmp_path / "README.md").read_text()
 
 
+def test_a_card_outside_the_project_says_where_its_example_looks(tmp_path):
+    for place, said in ((tmp_path / "lora_no", True), (ROOT / "models/lora_no", False)):
+        write_card(tmp_path, place, {}, "models/csm-mini", True, "0", (DEPTH_TABLE, BACKBONE_TABLE))
+        card = (tmp_path / "README.md").read_text()
+        assert ("It looks for `lora_no` in the folder that it is run in." in card) == said
+
+
 def test_an_example_ties_the_table_that_the_base_lacks_to_the_one_that_it_holds():
     lines = write_example("'base'", "'adapter'", "Hei.", "0", (BACKBONE_TABLE, DEPTH_TABLE)).splitlines()
     at = lines.index(f"model.{BACKBONE_TABLE} = \\")

@@ -52,6 +52,20 @@ def test_a_language_that_the_corpus_lacks_is_an_error_that_names_what_there_is(m
         load_corpus(manifest, "no")
 
 
+@pytest.mark.parametrize("label", ["DA", "dan", "da-DK", "da_DK", "Danish", " da "])
+def test_a_language_is_known_by_any_of_its_usual_names(tmp_path, label):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps(make_row("a.wav", language=label)))
+    assert [row["language"] for row in load_corpus(path, "da")] == ["da"]
+
+
+def test_a_folder_of_clips_in_another_format_says_which_are_read_and_how_to_convert(tmp_path):
+    for name in ("a.m4a", "b.m4a", "a.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(CorpusError, match=r"among 2 .m4a, 1 .txt; clips are .wav .flac .*ffmpeg -i clip.m4a clip.wav"):
+        load_corpus(tmp_path, "da")
+
+
 def test_an_unknown_language_is_an_error_that_lists_the_known_ones(manifest):
     with pytest.raises(ValueError, match="da"):
         load_corpus(manifest, "xx")

@@ -93,6 +93,20 @@ def test_a_folder_that_is_not_whole_names_what_it_lacks(tmp_path, files, weights
         fetch_model(make_model(tmp_path / "model", weights, **files), "base_model")
 
 
+@pytest.mark.parametrize(("stage", "values", "message"), [
+    ("03_adapter", {"base_model": "models/asr-mini"}, "says model_type wav2vec2-bert; allowed for base_model is a CSM model"),
+    ("03_adapter", {"base_model": "models/lid-mini"}, "says model_type wav2vec2-bert; allowed for base_model is a CSM model"),
+    ("00_mimi_sanity", {"codec_model": "models/lid-mini"}, "allowed for codec_model is Mimi, or a CSM model"),
+    ("00_mimi_sanity", {"align_model": "models/lid-mini"}, "allowed for align_model is a CTC recogniser"),
+    ("04_confusion", {"lid_model": "models/asr-mini"}, "says architectures Wav2Vec2BertForCTC; allowed for lid_model is a "),
+    ("04_confusion", {"asr_model": "models/csm-mini"}, "allowed for asr_model is a speech recogniser"),
+    ("04_confusion", {"asr_model": "models/lid-mini"}, "allowed for asr_model is a speech recogniser"),
+])
+def test_a_model_of_another_kind_is_refused_before_anything_starts(stage, values, message):
+    with pytest.raises(ModelError, match=message):
+        plan_tasks(["da"], [stage], "test", ({"init_adapter": ""} if stage == "03_adapter" else {}) | values)
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 6211186784\n"
 INDEX = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
 

@@ -58,7 +58,8 @@ def test_unknown_key_is_refused_with_file_key_and_the_known_ones(here):
 
 
 @pytest.mark.parametrize("text, message", [("- 1\n", "key: value"), ("a: [\n", "not readable as YAML"),
-                                           ("a: 2026-99-99\n", "not readable as YAML")])
+                                           ("a: 2026-99-99\n", "not readable as YAML"),
+                                           ("lr: 1.0e-3\nseed: 1\nlr: 2.0e-3\n", "lr is given twice, in lines 1 and 3")])
 def test_a_file_that_is_no_flat_yaml_is_refused(here, text, message):
     (here / "params" / "mini.yaml").write_text(text)
     with pytest.raises(params.ParameterError, match=f"params/mini.yaml: .*{message}"):

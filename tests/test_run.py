@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 
 from csm_nb import run as headless
+from csm_nb.audio import write_audio
 from csm_nb.corpora import load_corpus, write_manifest
 from csm_nb.params import STAGES, ParameterError
 from csm_nb.processes import is_running
@@ -126,12 +129,15 @@ def test_a_notebook_that_never_finishes_its_run_is_a_failure(project):
     (["--profile", "minni"], r"no profile 'minni'; did you mean mini\? There are mini \(params"),
     (["--profile", "da"], r"no profile 'da'. There are mini \(params"),
     (["--profile", "my.yaml"], "my.yaml: no such file"),
+    (["--profile", "swedish.yaml"], "swedish.yaml: language is 'sv', and this call is for 'da'; leave it out"),
+    (["--set", "runs_dir=/proc/x"], r"runs_dir is '/proc/x': /proc is not to be written to \(.*\); allowed is a folder"),
     (["--stages", "02_synthetic"], "run 01_anchor for da first"),
 ])  # fmt: skip
 def test_bad_parameters_stop_everything_before_it_starts(project, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(headless.settings, "ROOT", project)
     monkeypatch.setattr(headless.settings, "NOTEBOOKS", project / "notebooks")
     (project / "empty").mkdir()
+    (project / "swedish.yaml").write_text("language: sv")
     row = {"text": "hej", "audio_path": "gone.wav", "language": "da"}
     (project / "broken.jsonl").write_text(json.dumps(row))
     (project / "lost.jsonl").write_text(json.dumps(row | {"speaker_id": "1"}))
@@ -163,6 +169,45 @@ def test_an_interrupt_ends_the_kernel_and_the_next_call_goes_on_from_there(proje
     code, output = call(project, "--langs", "da", "--stages", "00_mimi_sanity", "01_anchor")
     assert code == 0 and output.count("skipped: done before)") == 1, output
     assert find_run(project, "01_anchor") == anchors[0].parent
+
+
+def test_a_second_signal_does_not_stop_the_ending_of_what_is_at_work(tmp_path, monkeypatch):
+    ended, task = [], headless.Task("da", "01_anchor", {}, state="running", folder=tmp_path)
+
+    def end(process):
+        signal.raise_signal(signal.SIGINT)  # somebody is impatient, and make passes SIGTERM on
+        signal.raise_signal(signal.SIGTERM)
+        ended.append(process)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(headless, "_stop_process", end)
+    monkeypatch.setattr(headless, "_is_ready", lambda *_: False)
+    monkeypatch.setattr(headless.time, "sleep", interrupt)
+    task.process = SimpleNamespace(poll=lambda: None)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        headless.run_tasks([task], 1)
+    assert ended == [task.process] and task.state == "not run"
+    assert read_json(tmp_path / "run.json")["status"] == "interrupted"
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_corpus_of_which_nothing_can_be_held_out_is_refused_before_anything_starts(tmp_path):
+    def write(name, texts, seconds=1.0):
+        rows = [{"text": text, "audio_path": str(write_audio(tmp_path / f"{name}-{i}.wav", np.ones(int(24000 * seconds)) * 0.1)),
+                 "speaker_id": "a", "language": "da"} for i, text in enumerate(texts)]
+        return str(write_manifest(rows, tmp_path / f"{name}.jsonl"))
+
+    for corpus, message in (
+        (write("same", ["Hej med dig.", "hej med dig."]), "corpus_clips is 12: of the 2 clips that are drawn those that can be"),
+        (write("long", ["Hej.", "Farvel."], 31.0), r"none can be used, .*long-0.wav: 31.00 s long; allowed are 0.3 to 30 s"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            headless.plan_tasks(["da"], ["03_adapter"], "test", {"corpus": corpus, "init_adapter": ""})
+    good = write("good", ["Hej med dig.", "Farvel."])
+    assert headless.plan_tasks(["da"], ["03_adapter"], "test", {"corpus": good, "init_adapter": ""})
 
 
 WAITING = 'import os, time\nopen(run.dir / "attempts", "a").write("x")\nwhile not os.path.exists("go-on"): time.sleep(0.1)'
@@ -222,10 +267,16 @@ def test_a_second_call_leaves_a_living_one_alone(project):
     put_cell(project, "01_anchor", WAITING)
     process, papermill, kernel = start_and_wait(project)
     first = find_run(project, "01_anchor")
+    second = start(project, "--langs", "da", "--stages", "01_anchor")
+    for _ in range(600):
+        if first.with_name(f"{first.name}.2").is_dir():
+            break
+        time.sleep(0.1)
     (project / "notebooks" / "go-on").touch()
-    code, output = call(project, "--langs", "da", "--stages", "01_anchor")
-    assert (code, process.wait(60)) == (0, 0), output
+    output = second.communicate(timeout=120)[0]
+    assert (second.returncode, process.wait(60)) == (0, 0), output
     assert "ended" not in output and read_json(first / "run.json")["process"] == kernel
+    assert f"another call is at work on it in runs/da/01_anchor/{first.name}, and this one does it again" in output
 
 
 def test_force_runs_what_is_done_again_beside_it(project):
