@@ -302,12 +302,12 @@ def confusion_matrix(true, predicted, labels) -> pd.DataFrame:
 def bootstrap_interval(values, statistic=np.mean, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Return the percentile bootstrap interval of `statistic` over clips (Efron 1979); NaN are left out.
 
-    One value is its own interval, none gives (nan, nan).
+    (nan, nan) of fewer than two values: one says nothing of its spread.
     """
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < 2:
-        return (float(values[0]),) * 2 if len(values) else (float("nan"),) * 2
+        return float("nan"), float("nan")
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     figures = np.apply_along_axis(statistic, 1, values[picks])
     low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])

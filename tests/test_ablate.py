@@ -166,7 +166,8 @@ def test_shares_are_of_the_clips_that_a_corpus_has(tmp_path):
     rows = [{"text": f"Setning {i}.", "audio_path": f"{i}.wav", "speaker_id": "a", "language": "no"} for i in range(80)]
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    audio.write_audio(tmp_path / "0.wav", np.ones(2400))  # one of them is there: it is no corpus otherwise
+    for number in range(2):  # so many are there, and can be told apart: it is no corpus otherwise
+        audio.write_audio(tmp_path / f"{number}.wav", np.ones(24_000))
     works = arms.plan_works(["no"], "mini", {"corpus": str(manifest), "corpus_clips": 50_000})
     clips = {work.arm: work.calls[0][1].get("corpus_clips") for work in works}
     assert [clips[arm] for arm in ARMS[-4:]] == [50_000, 10, 20, 40]

@@ -272,5 +272,4 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_an_interval_of_one_or_no_value_does_not_pretend():
-    assert bootstrap_interval([0.3, np.nan]) == (0.3, 0.3)
-    assert np.isnan(bootstrap_interval([])).all()
+    assert np.isnan(bootstrap_interval([0.3, np.nan])).all() and np.isnan(bootstrap_interval([])).all()
