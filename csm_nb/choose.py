@@ -74,7 +74,8 @@ def compare_losses(before, after) -> dict:
     """Return what a stage learned: the losses of the same held-out clips (measure_clips) before it and by the saved weights.
 
     Keys: verdict, because (a sentence), first_loss, last_loss, loss_fall with its 95 % interval over clips, held_out_clips.
-    "learned" when the whole interval is a fall of .01 nats and more, else "no gain"; "unclear" with fewer than 8 clips.
+    "learned" when the whole interval is a fall of .01 nats and more, "no gain" when none of it is; else "unclear", and with
+    fewer than 8 clips.
     Raises ValueError when the two are not of the same clips.
     """
     before, after = np.asarray(before, float), np.asarray(after, float)
@@ -88,10 +89,11 @@ def compare_losses(before, after) -> dict:
         verdict = "unclear"
         because = f"{words}; it takes {FEWEST_CLIPS} clips and more to decide: hold out {FEWEST_CLIPS - count} more"
     else:
-        verdict = "learned" if low >= LEAST_FALL else "no gain"
+        verdict = "learned" if low >= LEAST_FALL else "unclear" if high >= LEAST_FALL else "no gain"
         because = f"{words}, a fall of {fall:.2f} (95 % interval {low:.2f} to {high:.2f})"
-        if verdict == "no gain":
+        if verdict != "learned":
             because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
+        if verdict == "unclear":
             # an interval is as wide as 1 / the root of the number of clips
             needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2 if fall > LEAST_FALL else math.inf
             if needed <= MOST_CLIPS:
