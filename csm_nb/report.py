@@ -123,7 +123,7 @@ def _describe_run(folder, runs_dir):
     done = (folder / "done.json").is_file()
     if done:
         verdict = str(metrics.get("verdict", "done"))
-        tone = {"go": "good", "stop": "mixed", "unclear": "mixed"}.get(verdict, "plain")
+        tone = {"go": "good", "stop": "mixed", "unclear": "mixed"}.get(verdict.split(":")[0], "plain")
     else:
         verdict, tone = record.get("status", "failed"), "bad"
         if verdict == "running":

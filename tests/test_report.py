@@ -89,3 +89,8 @@ def test_a_run_that_says_running_without_a_process_was_cut_short(tmp_path):
 
 def test_index_of_no_runs_is_a_page(tmp_path):
     assert "Runs" in build_index(tmp_path / "runs").read_text()
+
+
+def test_index_marks_an_unclear_verdict_as_such_whatever_it_says_beside(tmp_path):
+    make_run(tmp_path, "no", "04_confusion", "a", "done", 1, "unclear: 36 of 40, 90 % heard as no; 62 would decide")
+    assert 'class="verdict mixed"' in build_index(tmp_path).read_text()
