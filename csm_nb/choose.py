@@ -1,7 +1,5 @@
 """Which checkpoint is saved, whether its training taught anything, and how well it speaks: figures of the saved weights only."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import torch
@@ -10,7 +8,14 @@ from torch.nn.functional import cross_entropy
 
 from csm_nb.batches import IGNORED, TrainingError, collate, pack_row, read_clips
 from csm_nb.checkpoints import has_finite_weights, list_checkpoints, load_weights
-from csm_nb.judge import bootstrap_interval, character_error_rates, identify_languages, share_interval, transcribe
+from csm_nb.judge import (
+    bootstrap_interval,
+    character_error_rates,
+    count_needed_mean,
+    identify_languages,
+    share_interval,
+    transcribe,
+)
 from csm_nb.speak import speak
 from csm_nb.texts import VALIDATION_CLIPS, make_sentences
 from csm_nb.train import compute_loss, half_precision, inner_model
@@ -18,7 +23,6 @@ from csm_nb.train import compute_loss, half_precision, inner_model
 CHOICES = ("best", "last")
 TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
 FEWEST_CLIPS = 8  # held-out clips; a bootstrap over fewer is too narrow to be believed
-MOST_CLIPS = 10_000  # a fall that more would have to show is not decided by more
 LEAST_FALL = 0.01  # nats; a fall that two decimals do not show is none, however sure
 JUDGED = ("CER", "CER low", "CER high", "heard right", "low", "high", "runaways", "score")
 
@@ -94,10 +98,9 @@ def compare_losses(before, after) -> dict:
         if verdict != "learned":
             because += f"; learned is a fall of {LEAST_FALL} and more in the whole interval"
         if verdict == "unclear":
-            # an interval is as wide as 1 / the root of the number of clips
-            needed = count * ((fall - low) / (fall - LEAST_FALL)) ** 2 if fall > LEAST_FALL else math.inf
-            if needed <= MOST_CLIPS:
-                because += f", which about {math.ceil(needed)} clips would show"
+            needed = count_needed_mean(fall, low, high, count, LEAST_FALL) if fall > LEAST_FALL else None
+            if needed:
+                because += f", which about {needed} clips would show"
     figures = {"first_loss": first, "last_loss": last, "loss_fall": fall, "loss_fall_low": low, "loss_fall_high": high}
     figures = {name: round(float(value), 4) for name, value in figures.items()}
     return {"verdict": verdict, "because": because} | figures | {"held_out_clips": count}

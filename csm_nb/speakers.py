@@ -6,13 +6,13 @@ was the stage that the adapter is of). A voice that is not its own it has half f
 """
 
 import json
-import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 from peft import PeftModel
 
+from csm_nb.clean import compose
 from csm_nb.params import resolve_path
 from csm_nb.provenance import hash_recordings
 from csm_nb.synth import HELD_OUT_VOICES, VOICES
@@ -63,7 +63,7 @@ def _identify(corpus):
 
 
 def _name(row):
-    return unicodedata.normalize("NFC", str(row["speaker_id"]))
+    return compose(str(row["speaker_id"]))
 
 
 def _is_espeak(row):
