@@ -448,6 +448,8 @@ for weight in (0.0, 10.0):
     model = add_adapter(model, 4, 8, 0.0)
     recipe = Recipe(4, max_tokens=96, batch_size=int(sys.argv[2]), depth_ratio=1.0, log_every=1, text_weight=weight)
     train_model(model, processor, rows, make_rows((60, 50, 55)), sys.argv[1] + f"/{{weight:.0f}}", recipe)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -458,9 +460,10 @@ def one_and_two_processes(tmp_path_factory):
     script = folder / "worker.py"
     script.write_text(WORKER.format(tests=os.path.dirname(__file__)))
     environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
-    subprocess.run([sys.executable, script, folder / "one", "2"], check=True, capture_output=True, env=environment)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, script, folder / "two", "1"], check=True, capture_output=True, env=environment)
+    for command in ([sys.executable, script, folder / "one", "2"], [*launch, script, folder / "two", "1"]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two"
 
 
