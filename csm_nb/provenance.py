@@ -68,10 +68,10 @@ def hash_code(source: str, package: Path) -> str:
     trees = {"": ast.parse("\n".join(lines))}
     waiting = [""]
     while waiting:
-        for name in _find_imports(trees[waiting.pop()], package.name) - trees.keys():
-            if (package / f"{name}.py").is_file():
-                trees[name] = ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))
-                waiting.append(name)
+        place = waiting.pop()
+        for name in _find_imports(trees[place], package, place) - trees.keys():
+            trees[name] = ast.parse(_find_module(package, name).read_text(encoding="utf-8"))
+            waiting.append(name)
     data = [p for p in sorted(package.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc")]
     return hash_value([
         {name: ast.dump(tree) for name, tree in trees.items()},
@@ -79,18 +79,26 @@ def hash_code(source: str, package: Path) -> str:
     ])  # fmt: skip
 
 
-def _find_imports(tree, package):
-    names = set()
+def _find_module(package, name):
+    """The file of the module `name` ("judge.intervals") or of a room's own docstring ("judge"), None if it is neither."""
+    place = package.joinpath(*name.split("."))
+    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
+
+
+def _find_imports(tree, package, place):
+    """The modules below `package` that a module imports, each by its dotted name, rooms of the package among them."""
+    found = set()
+    here = [package.name, *place.split(".")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{package}.")}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parts = ([package] if node.level else []) + (node.module.split(".") if node.module else [])
-            if parts == [package]:
-                names |= {alias.name for alias in node.names}
-            elif parts[0] == package:
-                names.add(parts[1])
-    return names
+            above = here[: len(here) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix(f"{package.name}.") for name in found if name.startswith(f"{package.name}.")}
+    names |= {name.rpartition(".")[0] for name in names if "." in name}  # its room's __init__ runs first
+    return {name for name in names if _find_module(package, name)}
 
 
 def describe_commit(root: Path) -> dict:
