@@ -63,12 +63,12 @@ help:
 	@echo "make clean   remove caches; .venv and everything that runs made stay"
 
 run: $(STAMP)
-	@$(PY) -m csm_nb.run --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) \
+	@$(PY) -m csm_nb.runs --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) \
 	  $(if $(AUDIO),--audio $(call quote,$(AUDIO))) $(if $(CORPUS),--corpus $(call quote,$(CORPUS))) \
 	  $(if $(JOBS),--jobs $(call each,$(JOBS))) $(if $(SET),--set $(call quote,$(SET))) $(if $(filter-out 0 no false,$(FORCE)),--force)
 
 models: $(STAMP)
-	@$(PY) -m csm_nb.models --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) --fetch
+	@$(PY) -m csm_nb.runs.models --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) --fetch
 
 ablate: $(STAMP)
 	@$(PY) -m csm_nb.ablate --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) \
@@ -99,4 +99,4 @@ lock:
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-annotate --no-header -o requirements.lock
 
 clean:
-	rm -rf .pytest_cache .ruff_cache csm_nb/__pycache__ tests/__pycache__ *.egg-info
+	rm -rf .pytest_cache .ruff_cache *.egg-info; find csm_nb tests -name __pycache__ -prune -exec rm -rf {} +

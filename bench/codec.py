@@ -15,7 +15,7 @@ from moshi.models.loaders import get_mimi
 from torch._dynamo.utils import counters
 from transformers import MimiModel
 
-from csm_nb.codec_moshi import MoshiCodec, convert_config, convert_moshi
+from csm_nb.codec.moshi import MoshiCodec, convert_config, convert_moshi
 
 COLUMNS = "{:<13}{:<7}{:<9}{:>6}{:>13}{:>13}{:>9}{:>9}  {}"
 REPEATS, LIMIT = 3, 10.0  # the best of so many, or of those that LIMIT seconds allow

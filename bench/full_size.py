@@ -2,7 +2,7 @@
 
     python bench/full_size.py data/csm-1b-random
 
-writes 3.4 GB in about a minute: bfloat16 weights with one of the two codebook tables (as csm_nb.csm.load_base expects), a
+writes 3.4 GB in about a minute: bfloat16 weights with one of the two codebook tables (as csm_nb.csm.load.load_base expects), a
 full-size Mimi inside, and a processor whose byte-level BPE cuts these languages into pieces of about Llama's length.
 """
 
@@ -23,10 +23,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from csm_nb.csm import DEPTH_TABLE, tie_codebooks
+from csm_nb.csm.load import DEPTH_TABLE, tie_codebooks
 from csm_nb.languages import LANGUAGES
-from csm_nb.mini_base import CHAT_TEMPLATE
-from csm_nb.texts import make_sentences
+from csm_nb.mini.base import CHAT_TEMPLATE
+from csm_nb.text.sentences import make_sentences
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>")  # ids 128000 to 128003, as in CSM-1B
 PIECES = 2_500  # few, as there are few words to learn from: 2.5 to 3.5 characters a token, as Llama's in these languages

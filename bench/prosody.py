@@ -11,12 +11,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 import numpy as np
 import torch
 
-from csm_nb.accent import find_turns
 from csm_nb.audio import SAMPLE_RATE, read_audio
-from csm_nb.prosody import METHODS, ProsodyError, compare_clip, find_pitch_range, track_f0
-from csm_nb.synth import VOICES, speak_text
-from csm_nb.texts import make_sentences
-from csm_nb.voice import measure_cpp, measure_irregularity, measure_low_band, track_voice
+from csm_nb.prosody.f0 import METHODS, ProsodyError, compare_clip, find_pitch_range, track_f0
+from csm_nb.prosody.quality import measure_cpp, measure_irregularity, measure_low_band, track_voice
+from csm_nb.prosody.turns import find_turns
+from csm_nb.synth.espeak import VOICES, speak_text
+from csm_nb.text.sentences import make_sentences
 
 SPEECH = Path(__file__).resolve().parents[2] / "shared" / "speech"
 

@@ -7,7 +7,7 @@ A model of the real shape with random weights (data/csm-1b-random, 3.3 GB, made 
 trained with LoRA (rank 64, attention of both decoders, bfloat16) on the same clips of 2 to 12 s, each variant in a process
 of its own: one step to warm up, then --steps. On a GPU where there is one. The variants:
 
-    ours           csm_nb.train.train_model: stored codes, rows of --max-tokens positions, 1 frame in 16 for the depth decoder
+    ours           train.trainer.train_model: stored codes, rows of --max-tokens positions, 1 frame in 16 for the depth decoder
     ours_all       the same with all frames for the depth decoder
     stock          as Unsloth's Sesame-CSM notebook: CsmProcessor with output_labels, rows padded to 256, Trainer, batch 2 x 4
     stock_ratio    the same with depth_decoder_labels_ratio=1/16
@@ -35,11 +35,15 @@ from full_size import make_folder
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from csm_nb.batches import plan_rows, read_clips
-from csm_nb.csm import add_adapter, encode_text, load_base
-from csm_nb.params import ROOT
-from csm_nb.texts import make_sentences
-from csm_nb.train import Recipe, has_fast_bfloat16, inner_model, train_model
+from csm_nb.csm.adapters import add_adapter
+from csm_nb.csm.load import encode_text, load_base
+from csm_nb.device import has_fast_bfloat16
+from csm_nb.paths import ROOT
+from csm_nb.recipe import Recipe
+from csm_nb.text.sentences import make_sentences
+from csm_nb.train.batches import plan_rows, read_clips
+from csm_nb.train.loss import inner_model
+from csm_nb.train.trainer import train_model
 
 VARIANTS = ("ours", "stock", "stock_ratio", "stock_longest", "ours_all")
 COLUMNS = "{:<15}{:>9}{:>8}{:>10}{:>9}{:>9}{:>8}{:>9}  {}"

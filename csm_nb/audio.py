@@ -1,14 +1,10 @@
 """Audio: read and write files of any kind as mono float32, resample, and listen in a notebook at the true level."""
 
-import base64
-import io
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
-from IPython.display import HTML
 from torchaudio import functional
 
 SAMPLE_RATE = 24_000  # Hz; Mimi's and CSM's rate, and the rate of every array in this package unless it says otherwise
@@ -43,7 +39,7 @@ def write_audio(path, wav, sample_rate: int = SAMPLE_RATE) -> Path:
 
     Samples beyond -1 to 1 are clipped. Raises AudioError for an empty or NaN array and for a suffix without a format.
     """
-    path, wav = Path(path), _check_wav(wav, str(path))
+    path, wav = Path(path), check_wav(wav, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         soundfile.write(path, np.clip(wav, -1, 1), sample_rate)
@@ -60,39 +56,7 @@ def resample(wav, from_rate: int, to_rate: int) -> np.ndarray:
     return functional.resample(torch.from_numpy(wav.copy()), int(from_rate), int(to_rate)).numpy()
 
 
-def player(wav, label: str = "", sample_rate: int = SAMPLE_RATE) -> HTML:
-    """Return an audio player for a notebook, the sound inside as MP3 at its true level, so that levels can be compared.
-
-    IPython.display.Audio scales every clip to its peak and embeds PCM, eleven times the size. What has no sound (an
-    empty array, or NaN from a model that diverged) is shown as that. Samples beyond -1 to 1 are clipped; it says so.
-    """
-    return HTML(_player_html(label, wav, sample_rate))
-
-
-def players(clips, columns: int = 2, sample_rate: int = SAMPLE_RATE) -> HTML:
-    """Return players side by side, `columns` in a row, for clips [(label, wav), ...] at their true levels."""
-    cells = "".join(_player_html(label, wav, sample_rate) for label, wav in clips)
-    style = f"display:grid;grid-template-columns:repeat({columns},minmax(0,1fr));gap:10px 16px"
-    return HTML(f'<div style="{style};max-width:{columns * 340}px">{cells}</div>')
-
-
-def _player_html(label, wav, sample_rate):
-    note = ""
-    try:
-        wav = _check_wav(wav, "no sound")
-        peak = np.abs(wav).max()
-        note = f" (clipped: peak {peak:.2f})" if peak > 1 else ""
-        buffer = io.BytesIO()
-        soundfile.write(buffer, np.clip(resample(wav, sample_rate, SAMPLE_RATE), -1, 1), SAMPLE_RATE, format="MP3")
-        source = f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        sound = f'<audio controls preload="metadata" src="{source}" style="width:100%;height:36px"></audio>'
-    except AudioError as error:
-        sound = f'<div style="opacity:.7">{escape(str(error))}</div>'
-    label = f'<div style="font-size:13px;margin-bottom:2px">{escape(str(label) + note)}</div>'
-    return f"<div>{label}{sound}</div>"
-
-
-def _check_wav(wav, name):
+def check_wav(wav, name):
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1 or len(wav) == 0:
         raise AudioError(f"{name}: found samples of shape {wav.shape}; allowed is one row with at least one sample")

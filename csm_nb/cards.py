@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from csm_nb import paths
 from csm_nb.languages import LANGUAGES
-from csm_nb.params import ROOT, resolve_path, show_path
+from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import describe_commit
 
 LONGEST = 20  # s; what the example may take, far above its one sentence
@@ -15,7 +16,7 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     `voice` is the speaker of the example; its text is a probe of the language that `table` says it reads, or is of.
     `tables` are the codebook table to tie in the base after loading, and the one to tie it to.
     """
-    base, place, commit = _shorten(base_id) if base_id else "unknown", Path(place), describe_commit(ROOT)
+    base, place, commit = _shorten(base_id) if base_id else "unknown", Path(place), describe_commit(paths.ROOT)
     table = table | {"csm-nb commit": f"{commit['commit'] or 'unknown'}{' and uncommitted changes' if commit['dirty'] else ''}"}
     rows = "\n".join(f"| {key} | {_shorten(value, 2) if _is_path(value) else value} |" for key, value in table.items())
     language = table.get("reads", table.get("language"))

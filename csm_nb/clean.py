@@ -12,7 +12,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (code
 
 # What a text is written with from here on. A sign that changes how a text looks and not how it is read becomes the one that
 # every keyboard and tokenizer has. Signs that are read as words (€, %, °, ½, ²) are none of these: they stay, and are listed
-# where the tokenizer does not have them (prove.list_unknown). Square brackets become round ones because "[3]" is how CSM's
+# where the tokenizer does not have them (self_check.list_unknown). Square brackets become round ones because "[3]" is how CSM's
 # prompt names a speaker. Spaces of any kind become single plain ones, and characters without a form of their own (soft
 # hyphen, zero-width and direction marks) go.
 _SIGNS = {
@@ -39,7 +39,7 @@ class EncodingError(ValueError):
 def clean_text(text: str) -> str:
     """Return `text` as it is trained and spoken: composed Unicode (NFC), plain signs (SIGNS), single spaces, none at the ends.
 
-    The same text typed on another keyboard is the same text. It is called wherever text enters, and by csm.encode_text, so
+    The same text typed on another keyboard is the same text. It is called wherever text enters, and by load.encode_text, so
     that training and speaking can not differ; a second call changes nothing.
     """
     text = unicodedata.normalize("NFC", text)

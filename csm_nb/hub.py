@@ -1,7 +1,9 @@
 """A model by its name: a folder of this project, or a hub id; or an error that says what is wrong and what brings it here."""
 
+import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -12,8 +14,10 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
+from csm_nb import paths
 from csm_nb.clean import EncodingError, read_text
-from csm_nb.params import ROOT, SHIPPED, find_model, is_hub_id, list_models, show_path
+from csm_nb.languages import get_language
+from csm_nb.paths import resolve_path, show_path
 
 # What from_pretrained (transformers 5.17) looks for, in this order, where config.json names no transformers_weights.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,9 +54,9 @@ def fetch_model(name, use: str = "") -> Path:
     if place is not None and not place.exists():
         raise ModelError(f"{name}: {show_path(place.parent)}/{find_fault(place)}")
     if not is_hub_id(name):
-        there = ", ".join(sorted(p.name for p in (ROOT / "models").glob("*/"))) or "none"
+        there = ", ".join(sorted(p.name for p in (paths.ROOT / "models").glob("*/"))) or "none"
         found = "a file, where a folder is wanted" if place else "no such folder"
-        raise ModelError(f"{name}: {found} ({ROOT / str(name)}); under models/ there are: {there}")
+        raise ModelError(f"{name}: {found} ({paths.ROOT / str(name)}); under models/ there are: {there}")
     return find_cached(name, use) or check_folder(download_model(name), name, use)
 
 
@@ -187,7 +191,7 @@ def check_folder(folder: Path, name, use: str = "") -> Path:
 
 def _tell_remedy(folder, name, said):
     shown = show_path(folder)
-    if folder == ROOT / "models" / folder.name and folder.name in SHIPPED:
+    if folder == paths.ROOT / "models" / folder.name and folder.name in SHIPPED:
         return f"It is shipped with the workbook: git checkout -- {shown}, or make it anew: python -m csm_nb.mini all"
     pull = f"git -C {shown} lfs pull, or " if "git-lfs" in said and (folder / ".git").exists() else ""
     owner = name if is_hub_id(name) else f"OWNER/{folder.name}"
@@ -277,5 +281,36 @@ def read_card(name) -> str:
 
 def count_free_disk() -> int:
     """Return the bytes that are left where models go."""
-    place = ROOT / "models"
-    return shutil.disk_usage(place if place.is_dir() else ROOT).free
+    place = paths.ROOT / "models"
+    return shutil.disk_usage(place if place.is_dir() else paths.ROOT).free
+
+
+MODELS = ("codec_model", "base_model", "lid_model", "asr_model", "align_model")  # a folder, or the id of a model on the hub
+SHIPPED = ("csm-mini", "lid-mini", "asr-mini")  # under models/, on no hub
+
+
+def find_model(name) -> Path | None:
+    """Return where a model is in this project, or None: a path itself, or a hub id's folder under models/ by its last name."""
+    if resolve_path(name).exists():
+        return resolve_path(name)
+    place = paths.ROOT / "models" / str(name).split("/")[-1]
+    return place if is_hub_id(name) and place.name not in SHIPPED and os.path.lexists(place) else None
+
+
+def is_hub_id(name) -> bool:
+    """Return whether a model's name has the form of a hub id, owner/name, and is no path: data/mine is one, there or not."""
+    owner, *rest = str(name).split("/")
+    named = len(rest) == 1 and bool(rest[0]) and owner != "" and not owner.startswith((".", "~"))
+    return named and not (paths.ROOT / owner).is_dir()
+
+
+def list_models(params: dict) -> dict[str, list[str]]:
+    """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard.
+
+    That is the language of a stage, and beside it English, the base's own, and all of `compare` where they are compared.
+    """
+    models = {key: [params[key]] for key in MODELS if params.get(key)}
+    if models.get("asr_model") == ["by-language"]:
+        heard = ("en", *params["compare"], params["language"]) if "compare" in params else (params["language"],)
+        models["asr_model"] = list(dict.fromkeys(get_language(code).asr for code in heard))
+    return models

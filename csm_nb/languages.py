@@ -1,5 +1,7 @@
 """The one table of languages: what every other tool calls a language, its neighbours, traits and probe sentences."""
 
+import re
+import unicodedata
 from dataclasses import dataclass
 
 
@@ -126,3 +128,21 @@ def get_language(code: str) -> Language:
         hint = ' (a bare no in YAML is false: write "no")' if code is False else ""
         raise ValueError(f"unknown language {code!r}{hint}; one of {', '.join(LANGUAGES)}")
     return LANGUAGES[code]
+
+
+# Names that tools give our languages beside those of the table; a locale or script behind them is cut off.
+_NAMES = {
+    "no": ("nb", "nn", "nor", "bokmål", "bokmal", "nynorsk", "norsk"), "sv": ("svenska",), "da": ("dansk",),
+    "de": ("ger", "deutsch"), "fr": ("fre", "français"), "es": ("castilian", "español"),
+    "nl": ("dut", "flemish", "nederlands"), "it": ("italiano",), "pl": ("polski",),
+}  # fmt: skip
+_LABELS = {
+    name.lower(): code for code, entry in LANGUAGES.items()
+    for name in (code, entry.name, entry.iso3, entry.whisper, *entry.mms_lid, *_NAMES.get(code, ()))
+}  # fmt: skip
+
+
+def read_label(label: str) -> str:
+    """Return our code for what a language ID calls a language (nb, nno, "Norwegian", no-NO, nob_Latn, <|no|>), else "other"."""
+    name = unicodedata.normalize("NFC", str(label)).lower().removeprefix("__label__").strip("<|> ")
+    return _LABELS.get(re.split(r"[\W_]+", name)[0], "other")

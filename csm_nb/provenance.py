@@ -49,7 +49,7 @@ def hash_recordings(path: Path) -> str:
     sizes = []
     try:
         lines = [line for line, _ in read_lines(path)]
-    except EncodingError:  # corpora.read_manifest says so
+    except EncodingError:  # manifest.read_manifest says so
         lines = []
     for line in lines:
         try:

@@ -36,7 +36,7 @@ def project(tmp_path):
         'language: str = "da"  # a language', "seed: int = 0", 'base_model: str = "models/base"',
         'device: str = "auto"', "lr: float = 1.0e-3", "codebooks: list = [1, 2]", 'runs_dir: str = "runs"',
     ]  # fmt: skip
-    imports = "from csm_nb import work\nfrom csm_nb.params import find_adapter, finish_run, open_run"
+    imports = "from csm_nb import work\nfrom csm_nb.runs.folders import find_adapter, finish_run, open_run"
     finish = 'finish_run(run, {"score": 0.5}, "go")'
     make_adapter = 'path = run.dir / "adapter"\npath.mkdir(exist_ok=True)\n'
     make_adapter += '(path / "adapter_config.json").write_text(str(seed))'

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from csm_nb.audio import SAMPLE_RATE, AudioError, player, players, read_audio, resample, write_audio
+from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio, resample, write_audio
+from csm_nb.show.players import player, players
 
 
 def make_tone(hertz=220.0, seconds=1.0, sample_rate=SAMPLE_RATE, level=0.5):

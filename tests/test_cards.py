@@ -12,21 +12,13 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from csm_nb import params
+from csm_nb import paths
 from csm_nb.cards import write_card, write_example
-from csm_nb.csm import (
-    BACKBONE_TABLE,
-    DEPTH_TABLE,
-    add_adapter,
-    load_adapter,
-    load_base,
-    save_adapter,
-    save_full,
-    start_training,
-    train_fully,
-)
-from csm_nb.params import ROOT
-from csm_nb.speakers import count_speakers, number_speakers, set_speakers
+from csm_nb.csm.adapters import add_adapter, load_adapter, start_training, train_fully
+from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, load_base
+from csm_nb.csm.save import save_adapter, save_full
+from csm_nb.csm.speakers import count_speakers, number_speakers, set_speakers
+from csm_nb.paths import ROOT
 
 RUN = """
 import json, os, sys
@@ -64,7 +56,7 @@ def project(tmp_path_factory):
     (root / "models/csm-mini").symlink_to(ROOT / "models/csm-mini")
     (root / "elsewhere").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(params, "ROOT", root)
+        patch.setattr(paths, "ROOT", root)
         make_adapter(root / "models/lora_no", {"data": "noise", "language": "no"})
         make_adapter(root.with_name("moved") / "lora_sv", {"language": "sv"}, std=0.03)
         torch.manual_seed(0)

@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoProcessor
 
 from csm_nb.clean import EncodingError, clean_text, find_file, read_lines, read_text
-from csm_nb.csm import encode_text
-from csm_nb.params import ROOT
+from csm_nb.csm.load import encode_text
+from csm_nb.paths import ROOT
 
 TEXT = "Så gik de på øen.\nOg „hjem“ – igen.\n"
 

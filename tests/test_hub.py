@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from csm_nb import hub, models
-from csm_nb import params as settings
-from csm_nb.codec import load_codec
-from csm_nb.csm import load_base
-from csm_nb.hub import ModelError, describe_model, download_model, fetch_model, find_faults, list_missing
-from csm_nb.judge import load_lid
+from csm_nb import hub, paths, provenance
+from csm_nb.codec.mimi import load_codec
+from csm_nb.csm.load import load_base
+from csm_nb.hub import ModelError, describe_model, download_model, fetch_model, find_faults, find_model, list_missing
+from csm_nb.judge.judges import load_lid
 from csm_nb.languages import get_language
-from csm_nb.params import ROOT, STAGES, find_inputs, find_model
-from csm_nb.run import main, plan_tasks
+from csm_nb.paths import ROOT, STAGES
+from csm_nb.runs import models
+from csm_nb.runs.__main__ import main
+from csm_nb.runs.chain import plan_tasks
+from csm_nb.runs.folders import find_inputs
+from csm_nb.runs.params import read_cell
 
 WEIGHTS = {"w": np.zeros(1000, np.float32)}
 
@@ -43,9 +46,9 @@ def root(tmp_path, monkeypatch):
     os.symlink(ROOT / "params", tmp_path / "params")
     for name in ("csm-mini", "lid-mini", "asr-mini"):
         os.symlink(ROOT / "models" / name, tmp_path / "models" / name)
-    monkeypatch.setattr(settings, "ROOT", tmp_path)
-    monkeypatch.setattr(hub, "ROOT", tmp_path)
-    monkeypatch.setattr(models, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -248,7 +251,7 @@ def test_a_hub_id_counts_by_the_folder_that_it_is_found_in(root):
     folder = make_model(root / "models/csm-1b")
     make_model(root / "models/nb-whisper-large")
     here = find_inputs(params)
-    assert here["base_model"] == {"path": "models/csm-1b", "hash": settings.hash_folder(folder)}
+    assert here["base_model"] == {"path": "models/csm-1b", "hash": provenance.hash_folder(folder)}
     save_file({"w": np.ones(1000, np.float32)}, root / "models/nb-whisper-large/model.safetensors")
     assert find_inputs(params)["asr_model"]["hash"] != here["asr_model"]["hash"]
     compared = find_inputs(params | {"compare": ["no", "sv"]})["asr_model"]
@@ -347,11 +350,11 @@ def test_what_a_profile_needs_is_listed_by_language_and_stage_with_size_and_lice
 def test_the_recognisers_of_by_language_are_those_that_the_notebook_loads():
     heard = {"language": ["sv"], '"en"': ["en"], "code": ["en", "no", "sv"]}
     for stage in set(STAGES) - {"01_anchor"}:  # which asks no judge
-        source = (settings.NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
+        source = (paths.NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
         (asked,) = set(re.findall(r"load_asr\(asr_model, device, ([^)]+)\)", source))
-        params = {name: cell.default for name, cell in settings.read_cell(stage).items()}
+        params = {name: cell.default for name, cell in read_cell(stage).items()}
         params |= {"language": "sv", "asr_model": "by-language"} | ({"compare": ["no", "sv"]} if "compare" in params else {})
-        assert settings.list_models(params)["asr_model"] == [get_language(code).asr for code in heard[asked]]
+        assert hub.list_models(params)["asr_model"] == [get_language(code).asr for code in heard[asked]]
 
 
 def test_the_list_says_what_is_missing_and_how_it_comes_here(root, capsys):

@@ -6,7 +6,7 @@ import pytest
 from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from csm_nb.languages import LANGUAGES, get_language
-from csm_nb.phonemes import _load_backend
+from csm_nb.phonemes.ipa import _load_backend
 
 NEIGHBOURS = ("no", "sv", "da")
 

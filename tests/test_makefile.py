@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from csm_nb.run import parse_arguments
+from csm_nb.runs.__main__ import parse_arguments
 
 
 def make(*words, **variables):

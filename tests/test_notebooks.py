@@ -12,10 +12,19 @@ import yaml
 from conftest import ROOT
 from test_report import LOADS
 
-from csm_nb import choose, corpora, csm, synth, texts, tokens, train
-from csm_nb import run as headless
-from csm_nb.params import NOTEBOOKS, STAGES, read_cell
+from csm_nb.corpora import tokens
+from csm_nb.corpora.split import split_rows
+from csm_nb.csm import adapters
+from csm_nb.csm.load import load_base
+from csm_nb.manifest import read_manifest, write_manifest
+from csm_nb.paths import NOTEBOOKS, STAGES
 from csm_nb.provenance import read_json
+from csm_nb.recipe import read_recipe
+from csm_nb.runs import __main__
+from csm_nb.runs.params import read_cell
+from csm_nb.synth import corpus
+from csm_nb.text import sentences
+from csm_nb.train import select
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -89,7 +98,7 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_runs_at_the_smallest_size(stage, places, capsys):
     settings = [f"{key}={value}" for key, value in places.items() if key in read_cell(stage)]
-    code = headless.main(["--langs", "da", "--profile", "test", "--stages", stage, "--set", *settings])
+    code = __main__.main(["--langs", "da", "--profile", "test", "--stages", stage, "--set", *settings])
     assert code == 0, "".join(capsys.readouterr())
     (done,) = (ROOT / places["runs_dir"]).glob(f"da/{stage}/*/done.json")
     assert read_json(done.with_name("metrics.json"))["verdict"]
@@ -103,11 +112,11 @@ def test_stage_runs_at_the_smallest_size(stage, places, capsys):
 def test_figures_of_a_training_are_of_the_weights_that_it_saved(stage, places):
     (done,) = (ROOT / places["runs_dir"]).glob(f"da/{stage}/*/done.json")  # of the test above
     metrics, params = (read_json(done.with_name(f"{name}.json")) for name in ("metrics", "run"))
-    model, processor = csm.load_base("models/csm-mini", "cpu")
+    model, processor = load_base("models/csm-mini", "cpu")
     rows = tokens.read_tokens(done.with_name("tokens.parquet"), model.codec_model)
-    recipe = train.read_recipe(params["params"], steps=metrics["trained_steps"], lr=1.0)
-    saved = csm.load_adapter(model, done.parent / "adapter").eval()
-    assert choose.measure_clips(saved, processor, train.split_rows(rows)[1], recipe).mean() == pytest.approx(
+    recipe = read_recipe(params["params"], steps=metrics["trained_steps"], lr=1.0)
+    saved = adapters.load_adapter(model, done.parent / "adapter").eval()
+    assert select.measure_clips(saved, processor, split_rows(rows)[1], recipe).mean() == pytest.approx(
         metrics["last_loss"], abs=1e-3)
     card = (done.parent / "adapter" / "README.md").read_text()
     assert all(f"| {name} | {metrics[name]} |" in card for name in ("verdict", "last_loss", "steps", "chosen_because"))
@@ -117,11 +126,11 @@ def test_figures_of_a_training_are_of_the_weights_that_it_saved(stage, places):
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     """Return the manifest of a small corpus of three speakers whose names CSM has never heard of."""
-    prompts, _ = texts.draw_prompts("sv", 10)
-    manifest = synth.make_corpus(prompts, "sv", tmp_path_factory.mktemp("corpus"))
-    rows = corpora.read_manifest(manifest)
+    prompts, _ = sentences.draw_prompts("sv", 10)
+    manifest = corpus.make_corpus(prompts, "sv", tmp_path_factory.mktemp("corpus"))
+    rows = read_manifest(manifest)
     names = ("p0042", "Åse Lind", "spk-7")
-    return str(corpora.write_manifest([row | {"speaker_id": names[i % 3]} for i, row in enumerate(rows)], manifest))
+    return str(write_manifest([row | {"speaker_id": names[i % 3]} for i, row in enumerate(rows)], manifest))
 
 
 CODEC_BACKEND = next(name for name in read_cell(STAGES[0]) if name.endswith("backend"))
@@ -139,7 +148,7 @@ def test_a_path_beside_the_default_runs_to_its_end(language, stages, values, tmp
     values = values | {"runs_dir": str(tmp_path / "runs"), "adapters_dir": str(tmp_path / "models")}
     known = {name for stage in stages for name in read_cell(stage)}
     settings = [f"{key}={foreign if value == 'foreign' else value}" for key, value in values.items() if key in known]
-    code = headless.main(["--langs", language, "--profile", "test", "--stages", *stages, "--set", *settings])
+    code = __main__.main(["--langs", language, "--profile", "test", "--stages", *stages, "--set", *settings])
     assert code == 0, "".join(capsys.readouterr())
     assert [read_json(done)["verdict"] != "" for done in (tmp_path / "runs").glob("*/*/*/done.json")] == [True] * len(stages)
 

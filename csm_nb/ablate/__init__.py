@@ -1,0 +1,1 @@
+"""What one change at a time is worth."""

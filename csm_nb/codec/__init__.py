@@ -1,0 +1,1 @@
+"""Mimi: codes, round trips and streams, by transformers or moshi, with one face."""

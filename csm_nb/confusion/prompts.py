@@ -1,0 +1,104 @@
+"""What the base and the adapters read aloud, and their reading of it."""
+
+import numpy as np
+import pandas as pd
+
+from csm_nb.csm.adapters import AdapterError, load_adapter, remove_adapters
+from csm_nb.csm.load import load_base
+from csm_nb.csm.speakers import get_speakers, pick_voice
+from csm_nb.languages import get_language
+from csm_nb.paths import resolve_path
+from csm_nb.provenance import read_json
+from csm_nb.recipe import TRAINED
+from csm_nb.speak.generate import speak
+from csm_nb.synth.espeak import VOICES, speak_text
+from csm_nb.text.sentences import make_sentences
+
+FEWEST = 10  # sentences below which a bootstrap of them decides nothing: of two it is as narrow as they are alike
+HOME = "en"  # what the base model was taught
+PROBES, HELD_OUT = "probes", "held-out"  # the kinds of sentences; nothing was chosen on the held-out ones
+
+
+def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[str]]:
+    """({language: folder}, languages without one) among `folder`/lora_<language>, or full_<language> by method "full".
+
+    Raises AdapterError for one that says of itself that it is of another language.
+    """
+    paths = {code: resolve_path(folder) / f"{method}_{code}" for code in languages}
+    found = {code: path for code, path in paths.items() if (path / TRAINED[method]).exists()}
+    for code, path in found.items():
+        try:
+            taught = read_json(path / "base.json").get("language", code)
+        except (ValueError, AttributeError) as error:
+            raise AdapterError(f"{path}/base.json is half a file, or none of an adapter's ({error}); fetch it again, or train it "
+                               "again") from error
+        if taught != code:
+            raise AdapterError(f"{path} is trained on {taught}, by its base.json, and would be read as the one of {code}: rename "
+                               f"it to {method}_{taught}, or run 03_adapter for {code}")
+    return found, [code for code in languages if code not in found]
+
+
+def list_languages(language: str, compare) -> list[str]:
+    """Return the languages that are told apart: those of `compare` once each, in its order, and `language` in any case."""
+    return list(dict.fromkeys([*compare, *([] if language in compare else [language])]))
+
+
+def list_sentences(languages, count: int, seed: int = 0) -> pd.DataFrame:
+    """Return the probes and `count` held-out sentences of each language, once each.
+
+    Columns: language, text, probe (bool), on ("probes" or "held-out").
+    """
+    languages = list(dict.fromkeys(languages))
+    rows = [(code, text, True) for code in languages for text in get_language(code).probes]
+    rows += [(code, text, False) for code in languages for text in make_sentences(code, count, seed, "test")]
+    prompts = pd.DataFrame(rows, columns=["language", "text", "probe"])
+    return prompts.assign(on=np.where(prompts.probe, PROBES, HELD_OUT))
+
+
+def list_prompts(language: str, compare, count: int, seed: int = 0) -> pd.DataFrame:
+    """Return what is read in 04: `count` held-out sentences of `language` and of English, and the probes of all languages.
+
+    As list_sentences, with the column `cross`: whether adapters of other languages read it as well. They read the probes
+    of the languages that are compared; English beside those is for the base alone, whose language it is.
+    """
+    compared = list_languages(language, compare)
+    prompts = list_sentences([*compared, HOME], count, seed)
+    prompts = prompts[prompts.probe | prompts.language.isin([language, HOME])].reset_index(drop=True)
+    return prompts.assign(cross=prompts.probe & prompts.language.isin(compared))
+
+
+def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
+    """The prompts spoken by espeak-ng (synthetic): the ceiling of the judges. Adds model, wav, ended."""
+    wavs = [speak_text(row.text, row.language, VOICES[0]) for row in prompts.itertuples()]
+    return prompts.assign(model="reference", wav=wavs, ended=True)
+
+
+def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """What the base and each adapter read: one row per model and prompt, with model, speaker, wav, ended added.
+
+    `adapters` maps a language to its folder, whose name the rows have; each speaks with a voice of its own corpus. All are
+    on one base under their names, one active at a time, and `model` is afterwards what it was before; fully trained models
+    are loaded one after the other. The base reads every prompt, an adapter those of its own language and, of others, those
+    whose column `cross` is true (without that column, all). Raises AdapterError for an adapter that can not be put on.
+    """
+    parts, worn = [_read_aloud("base", model, processor, prompts, seed)], None
+    try:
+        for language, folder in adapters.items():
+            own = prompts[(prompts.language == language) | prompts.get("cross", True)]
+            if (folder / TRAINED["lora"]).exists():
+                worn = load_adapter(model if worn is None else worn, folder, name=f"adapter_{language}")
+                parts.append(_read_aloud(folder.name, worn, processor, own, seed))
+            else:
+                trained, _ = load_base(str(folder), str(model.device), model.dtype)
+                parts.append(_read_aloud(folder.name, trained, processor, own, seed))
+                del trained  # before the next one comes
+    finally:
+        if worn is not None:
+            remove_adapters(worn)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _read_aloud(name, model, processor, prompts, seed):
+    voice = pick_voice(get_speakers(model))
+    said = speak(model, processor, list(prompts.text), voice, seed=seed)
+    return prompts.assign(model=name, speaker=voice, wav=[s.wav for s in said], ended=[s.ended for s in said])

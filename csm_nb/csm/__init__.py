@@ -1,0 +1,1 @@
+"""The speech model: loaded, adapters put on it, switched and saved; attention of packed rows."""

@@ -1,0 +1,1 @@
+"""Stage 00: can the codec carry the language at all?"""

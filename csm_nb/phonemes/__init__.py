@@ -1,0 +1,1 @@
+"""Phonemes: text to IPA, and espeak-ng, which does most of it."""

@@ -1,0 +1,1 @@
+"""The stages: parameters, run folders, headless runs, pages."""

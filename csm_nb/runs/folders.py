@@ -1,0 +1,242 @@
+"""A run's folder: named by everything that can change its result, taken by one process, marked when it is done."""
+
+import os
+import random
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_nb import paths
+from csm_nb.hub import find_model, list_models
+from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
+from csm_nb.processes import count_cores, identify_process, is_running
+from csm_nb.provenance import (
+    describe_commit,
+    describe_host,
+    describe_versions,
+    hash_code,
+    hash_file,
+    hash_folder,
+    hash_recordings,
+    hash_value,
+    read_json,
+    write_json,
+)
+from csm_nb.recipe import TRAINED, ParameterError
+from csm_nb.runs.params import (
+    FILES,
+    PLACES,
+    RECORDINGS,
+    _code_cells,
+    _is_parameters,
+    _list_optional,
+    _notebook_path,
+    check_inputs,
+    check_params,
+    read_cell,
+)
+
+HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner tells a notebook its folder
+RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.runs and papermill are at work on it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one stage. `inputs` maps a parameter that names files or a model to its path (or hub id) and hash."""
+
+    stage: str
+    language: str
+    dir: Path
+    params: dict
+    inputs: dict
+
+
+# Inputs, code and their hash
+
+
+def find_inputs(params: dict) -> dict[str, dict]:
+    """Return {name: {"path", "hash"}} of the files and models that a stage's effective parameters name.
+
+    Models hash as their weights and settings, a hub id that is not under models/ as itself, a manifest as its bytes and its
+    clips' sizes, a folder of audio as its names and sizes. Where languages are compared, each adapter in `adapters_dir` is
+    an input.
+    """
+    inputs = {}
+    for key, names in list_models(params).items():
+        places = [find_model(name) for name in names]
+        digests = [name if place is None else hash_folder(place) if place.is_dir() else hash_file(place)
+                   for name, place in zip(names, places, strict=True)]
+        shown = [name if place is None else show_path(place) for name, place in zip(names, places, strict=True)]
+        inputs[key] = {"path": ", ".join(shown), "hash": digests[0] if len(digests) == 1 else hash_value(digests)}
+    for key in RECORDINGS:
+        if params.get(key):
+            inputs[key] = {"path": show_path(params[key]), "hash": hash_recordings(resolve_path(params[key]))}
+    for key in FILES:
+        if params.get(key):
+            path = resolve_path(params[key])
+            inputs[key] = {"path": show_path(path), "hash": hash_folder(path) if path.is_dir() else hash_file(path)}
+    if params.get("init_adapter"):
+        folder = _find_adapter(params["init_adapter"], params, inputs)
+        inputs["init_adapter"] = {"path": show_path(folder), "hash": hash_folder(folder)}
+    compared = [*params["compare"], params["language"]] if {"compare", "adapters_dir"} <= params.keys() else []
+    for code in compared:
+        folder = resolve_path(params["adapters_dir"]) / name_trained(params, code)
+        if folder.is_dir():
+            inputs[folder.name] = {"path": show_path(folder), "hash": hash_folder(folder)}
+    return inputs
+
+
+def name_trained(params: dict, language: str) -> str:
+    """Return the name of the folder that 03 leaves in adapters_dir: lora_no, or full_no where everything was trained."""
+    return f"{params.get('method', 'lora')}_{language}"
+
+
+def find_adapter(init_adapter: str, run: Run) -> Path | None:
+    """Return the folder, of an adapter or a fully trained model, that a run goes on from; None for "".
+
+    `init_adapter` is a stage's name (its newest complete run of the same language on the same base model under
+    `runs_dir`, folder `adapter/`) or a folder. Raises ParameterError that says which stage to run first.
+    """
+    if not init_adapter:
+        return None
+    if init_adapter == run.params.get("init_adapter"):  # what its hash was made of, even if newer ones came
+        return resolve_path(run.inputs["init_adapter"]["path"])
+    return _find_adapter(init_adapter, run.params, run.inputs)
+
+
+def _find_adapter(init_adapter, params, inputs):
+    method = params.get("method", "lora")
+    if init_adapter not in STAGES:
+        folder = resolve_path(init_adapter)
+        for candidate in (folder, folder / "adapter"):
+            if (candidate / TRAINED[method]).is_file():
+                return candidate
+        raise ParameterError(
+            f"init_adapter is {init_adapter!r}, and {folder} holds no {TRAINED[method]}; allowed: a stage "
+            f"({', '.join(TRAINING)}), the folder of an adapter, or empty"
+        )
+    language, runs, base = params["language"], resolve_path(params["runs_dir"]), inputs["base_model"]["hash"]
+    for done in sorted(runs.glob(f"{language}/{init_adapter}/*/done.json"), key=os.path.getmtime, reverse=True):
+        adapter, made_with = done.parent / "adapter", read_json(done.with_name("run.json"))["inputs"]
+        if (adapter / TRAINED[method]).is_file() and made_with.get("base_model", {}).get("hash") == base:
+            return adapter
+    raise ParameterError(
+        f"init_adapter is {init_adapter!r}, and {show_path(runs)}/{language}/{init_adapter} holds no complete run with "
+        f"method={method} on {params['base_model']}; run {init_adapter} for {language} first, or give a folder, or empty"
+    )
+
+
+def hash_run(stage: str, params: dict, inputs: dict) -> str:
+    """Return the 12 hex digits that name a run's folder. Inputs count by content, so a moved project keeps its runs."""
+    named = {key: value for key, value in params.items() if key not in inputs and key not in PLACES}
+    cells = [cell for cell in _code_cells(_notebook_path(stage)) if not _is_parameters(cell)]
+    code = hash_code("\n".join("".join(cell["source"]) for cell in cells), paths.PACKAGE)
+    return hash_value([named, {key: value["hash"] for key, value in inputs.items()}, code, *_list_optional(stage, params)])
+
+
+def choose_folder(base: Path) -> Path:
+    """Return the folder that the next run of a hash writes to: `base`, or `base.2`, `base.3` ...
+
+    An unfinished one is taken up again, so that training resumes; one that is done, or that another living process is
+    writing to, is never touched.
+    """
+    count, folder = 1, base
+    while (folder / "done.json").is_file() or is_alive(folder):
+        count += 1
+        folder = base.with_name(f"{base.name}.{count}")
+    return folder
+
+
+def is_alive(folder: Path) -> bool:
+    """Return whether other living processes are at work on a run's folder: its notebook, or papermill that starts it."""
+    return any(pid != os.getpid() for pid, _ in _find_workers(folder))
+
+
+def find_orphans(folder: Path) -> list:
+    """Return the processes ([id, start time]) at work on a run's folder whose csm_nb.runs was killed; a notebook that was
+    opened by hand is none."""
+    runner = read_json(folder / RUNNER).get("runner")
+    return _find_workers(folder) if runner and not is_running(runner) else []
+
+
+def _find_workers(folder):
+    record = read_json(folder / "run.json")
+    kernel = record.get("process") if record.get("status") == "running" else None
+    return [identity for identity in (read_json(folder / RUNNER).get("papermill"), kernel) if is_running(identity)]
+
+
+def _take_folder(base):
+    """The folder that the runner handed down, else choose_folder's: it decided once, and both have to mean the same."""
+    handed = os.environ.get(HANDED_DOWN)
+    if not handed or Path(handed).parent != base.parent:  # run by hand
+        return choose_folder(base)
+    if Path(handed).name.split(".")[0] != base.name:
+        raise ParameterError(f"{show_path(handed)} was chosen for this run, and by now its parameters, inputs or code ask for "
+                             f"{base.name}: something was edited while it started. Run it again")
+    return Path(handed)
+
+
+def find_done(base: Path) -> Path | None:
+    """Return the newest complete run of a hash (`base`, `base.2` ...), or None."""
+    done = [*base.parent.glob(f"{base.name}/done.json"), *base.parent.glob(f"{base.name}.*/done.json")]
+    return max(done, key=os.path.getmtime).parent if done else None
+
+
+def place_run(stage: str, params: dict) -> tuple[Path, dict]:
+    """Return (folder, inputs) of a stage with these effective parameters, whatever is in the folder yet."""
+    inputs = find_inputs(params)
+    return resolve_path(params["runs_dir"]) / params["language"] / stage / hash_run(stage, params, inputs), inputs
+
+
+def open_run(stage: str, namespace: dict) -> Run:
+    """Return the run that a notebook's parameters ask for, its folder made and everything random seeded.
+
+    The notebook's first call: `run = open_run("01_anchor", globals())`. The parameters are checked, and recorded in
+    run.json with their inputs, the commit, versions and machine. Raises ParameterError.
+    """
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    missing = [name for name in read_cell(stage) if name not in namespace]
+    if missing:
+        raise ParameterError(f"{stage}: {', '.join(missing)} not set; run the parameters cell first")
+    params = check_params(stage, namespace)
+    check_inputs(stage, params)
+    base, inputs = place_run(stage, params)
+    folder = _take_folder(base)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", {
+        "status": "running", "stage": stage, "language": params["language"], "params": params, "seed": params["seed"],
+        "inputs": inputs, **describe_commit(paths.ROOT), "versions": describe_versions(), "host": describe_host(),
+        "started": time.time(), "process": identify_process(),
+    })  # fmt: skip
+    if ":" in params["device"]:  # transformers' Trainer asks nobody and takes the first GPU
+        os.environ["ACCELERATE_TORCH_DEVICE"] = params["device"]
+    torch.set_num_threads(min(torch.get_num_threads(), count_cores()))  # torch itself knows nothing of a container's quota
+    random.seed(params["seed"])
+    np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(params["seed"])
+    pd.set_option("display.max_colwidth", None, "display.max_rows", 300)  # a reason that is cut off is none
+    return Run(stage, params["language"], folder, params, inputs)
+
+
+def finish_run(run: Run, metrics: dict, verdict: str) -> None:
+    """Record what a run found, how long it took and its peak memory, and mark it done; the notebook's last call.
+
+    Writes metrics.json (`metrics` with the verdict, a few words such as "go"), completes run.json, and writes done.json
+    last: a run without it does not count. Seconds are from `open_run`, memory is of the whole process.
+    """
+    import torch
+
+    record = read_json(run.dir / "run.json")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    record |= {"status": "done", "seconds": round(time.time() - record["started"], 1), "peak_memory_bytes": peak}
+    if torch.cuda.is_available():
+        record["peak_gpu_memory_bytes"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    write_json(run.dir / "metrics.json", {"verdict": verdict} | metrics)
+    write_json(run.dir / "run.json", record)
+    write_json(run.dir / "done.json", {"verdict": verdict, "finished": time.time()})
+    print(f"done in {record['seconds']:.0f} s, {peak / 2**30:.1f} GiB at most: {show_path(run.dir)}")

@@ -1,0 +1,87 @@
+"""A run's training on several GPUs, which a notebook can not start: `torchrun --nproc-per-node 8 -m csm_nb.runs.launch RUN`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from csm_nb.codec.mimi import load_codec
+from csm_nb.corpora import split, tokens
+from csm_nb.csm import adapters, load
+from csm_nb.device import pick_device
+from csm_nb.paths import resolve_path, show_path
+from csm_nb.provenance import read_json, write_json
+from csm_nb.recipe import TrainingError, read_recipe
+from csm_nb.runs.folders import is_alive
+from csm_nb.train import trainer
+
+# What the parameters of a stage are called, where it is not as in Recipe.
+OWN = {"01_anchor": {"steps": "anchor_steps"}, "02_synthetic": {"steps": "synthetic_steps"},
+       "03_adapter": {"steps": "adapter_steps", "lr": "adapter_lr"}}
+HELP = """The training of a run that a notebook (01 to 03) has begun, on several GPUs:
+
+1. Start the notebook or `make run` as ever, and stop it when the training's first line is there: the tokens are made by then.
+2. torchrun --nproc-per-node 8 -m csm_nb.runs.launch runs/no/03_adapter/<hash>
+   One process per GPU; a step takes batch_size x accumulate rows in each of them. Killed and started again with as many
+   processes, it goes on.
+3. Start the notebook or `make run` again, with the same parameters: it finds the training done, and does what comes after it.
+"""
+
+
+def train_run(folder) -> list[dict]:
+    """Train in the run's `folder` what its run.json says, on its tokens, and return the loss history.
+
+    Each process of torchrun calls it. Raises TrainingError when there is nothing to train there, or a notebook still does.
+    """
+    folder, rank = resolve_path(folder), int(os.environ.get("RANK", 0))
+    record = read_json(folder / "run.json")
+    params, inputs, stage = (record.get(key) for key in ("params", "inputs", "stage"))
+    if stage not in OWN:
+        raise TrainingError(f"{show_path(folder)} holds no run of {', '.join(OWN)} (found: {stage or 'no run.json'}); name a "
+                            "run's folder, such as runs/no/03_adapter/<hash>")
+    if (folder / "done.json").is_file() or not (folder / "tokens.parquet").is_file():
+        found = "is done" if (folder / "done.json").is_file() else "has no tokens.parquet yet"
+        raise TrainingError(f"{show_path(folder)} {found}; start its notebook, and stop it at the training's first line")
+    if rank == 0:
+        if is_alive(folder):
+            raise TrainingError(f"process {record['process'][0]} still works in {show_path(folder)}; stop it first")
+        me = psutil.Process()
+        write_json(folder / "run.json", record | {"status": "running", "process": [me.pid, me.create_time()]})
+    device = pick_device(params["device"])
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    torch.manual_seed(params["seed"])
+    base = inputs["base_model"]["path"]
+    base = resolve_path(base) if resolve_path(base).exists() else base
+    model, processor = load.load_base(base, device, params["dtype"], params["four_bit"], params["backend"],
+                                     params["method"])
+    before = inputs.get("init_adapter")
+    before = resolve_path(before["path"]) if before else None
+    model = adapters.start_training(model, params["method"], before, *(params[key] for key in ("rank", "alpha", "dropout")),
+                               params["train_mlp"], params["train_text"])
+    rows = tokens.read_tokens(folder / "tokens.parquet", load_codec(base))
+    train_rows, valid_rows, how = split.split_rows(rows, params["max_tokens"])
+    recipe = read_recipe(params, **{field: params[name] for field, name in OWN[stage].items()})
+    if rank == 0:
+        print(f"{len(train_rows)} clips to train on; {how}", flush=True)
+    return trainer.train_model(model, processor, train_rows, valid_rows, folder / "training", recipe)
+
+
+def main() -> None:
+    """Train the run that the command line names; exit code 1, with what to do, when it can not be."""
+    parser = argparse.ArgumentParser("torchrun --nproc-per-node N -m csm_nb.runs.launch", description=HELP,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run's folder, such as runs/no/03_adapter/<hash>")
+    try:
+        train_run(parser.parse_args().run)
+    except TrainingError as error:
+        sys.exit(f"{error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

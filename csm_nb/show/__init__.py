@@ -1,0 +1,1 @@
+"""Every figure (drawing only), players and widgets."""

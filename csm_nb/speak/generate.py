@@ -1,0 +1,151 @@
+"""Generation: many sentences at once, with both decoders cached, capped, and runaways counted."""
+
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from csm_nb.codec.mimi import decode
+from csm_nb.csm.load import encode_text
+from csm_nb.csm.speakers import get_speakers, pick_voice
+
+# A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
+SECONDS_PER_LETTER, SECONDS_ON_TOP = 0.15, 1.0
+# Letters of what is read as words: a digit, a sign, a letter of an abbreviation. The longest numbers have 13.5 letters per
+# digit (Polish 999,799; English 12, counted with num2words over ten languages), "double-v" and "per cento" have 8 and 9.
+LETTERS_READ_OUT = 14
+
+
+class SpeechError(ValueError):
+    """A text that can not be spoken: nothing to say, or more than the model has room for; says which, and the limit."""
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What the model said: wav (float32, 24 kHz), codes (frames x codebooks), and whether it ended by itself."""
+
+    text: str
+    wav: np.ndarray
+    codes: np.ndarray
+    ended: bool
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int, generator) -> torch.Tensor:
+    """Draws one index a row from logits (batch, vocabulary); temperature 0 takes the likeliest."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    values, indices = logits.float().topk(min(top_k, logits.shape[-1]))
+    drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
+    return indices.gather(-1, drawn)[:, 0]
+
+
+def count_letters(text: str) -> int:
+    """Return how many letters `text` has when read out: digits, signs and the letters of abbreviations ("EU") count 14 each.
+
+    Capitals side by side are taken for an abbreviation. That is too many for "1000" and for a shout, which only raises a cap.
+    """
+    read_out = sum(c.isnumeric() or c in "%&@§" or unicodedata.category(c) in ("Sc", "Sm", "So") for c in text)
+    capitals = [run for run in "".join(c if c.isupper() else " " for c in text).split() if len(run) > 1]
+    return len(text) + (LETTERS_READ_OUT - 1) * (read_out + sum(map(len, capitals)))
+
+
+def cap_seconds(text: str) -> float:
+    """Return the longest that `text` may take to be spoken, by its letters read out; what takes longer is a runaway."""
+    return SECONDS_PER_LETTER * count_letters(text) + SECONDS_ON_TOP
+
+
+def check_text(model, processor, text: str, speaker: str = "0") -> None:
+    """Raise SpeechError when `text` holds nothing to say, or more than fits the model's context: prompt and capped frames."""
+    if not any(c.isalnum() for c in text):
+        raise SpeechError(f"there is nothing to say in {text!r}: it holds neither letter nor digit; leave it out")
+    tokenizer, limit = processor.tokenizer, model.config.max_position_embeddings
+    known = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
+    if not any(c.isalnum() for c in tokenizer.decode(known)):
+        raise SpeechError(f"there is nothing to say in {text!r}: the model's tokenizer knows none of its letters; give the text "
+                          "in letters that it knows")
+    prompt = len(encode_text(processor, text, speaker))
+    frames = int(model.codec_model.config.frame_rate * cap_seconds(text))
+    if prompt + frames > limit:
+        raise SpeechError(f"a text of {len(text)} characters takes up to {prompt + frames} positions ({prompt} of text, {frames} "
+                          f"frames: {cap_seconds(text):.0f} s), and the model has {limit}: split it at its sentences and speak "
+                          f"them one by one. It begins: {text[:60]!r}")
+
+
+@torch.inference_mode()
+def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
+          batch_size: int = 32) -> list[Speech]:
+    """Speaks `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
+
+    Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". Reproducible by
+    `seed`. Every text has its own cap in frames; one that reaches it did not end by itself (`ended` is False: a runaway) and
+    is returned as far as it came. Before anything is spoken, raises SpeechError for a text with nothing to say or too long
+    for the model's context, and speakers.SpeakerError for a voice that the adapter was not trained with.
+    """
+    texts, known = list(texts), get_speakers(model)
+    speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
+    voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
+    speakers = [voices[speaker] for speaker in speakers]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generator = torch.Generator(device=inner.device).manual_seed(seed)
+    for text, speaker in zip(texts, speakers, strict=True):
+        check_text(inner, processor, text, speaker)
+    order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))
+    codes, ended = [None] * len(texts), [False] * len(texts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = generate_codes(inner, processor, [texts[i] for i in chosen], [speakers[i] for i in chosen],
+                               temperature, top_k, generator)
+        for i, (row, done) in zip(chosen, batch, strict=True):
+            codes[i], ended[i] = row, done
+    wavs = decode(inner.codec_model, codes) if codes else []
+    return [Speech(*parts) for parts in zip(texts, wavs, codes, ended, strict=True)]
+
+
+def generate_codes(model, processor, texts, speakers, temperature, top_k, generator) -> list[tuple[np.ndarray, bool]]:
+    """One batch of prompts to (codes as uint16 frames x codebooks, ended by itself) per prompt."""
+    device, config = model.device, model.config
+    prompts = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
+    longest, frame_rate = max(map(len, prompts)), model.codec_model.config.frame_rate
+    caps = torch.tensor([int(frame_rate * cap_seconds(text)) for text in texts], device=device)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all rows go on at the same place
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, longest - len(prompt) :] = 1
+    # A text table that was trained is float32, also where the model around it is bfloat16.
+    dtype = model.backbone_model.embed_tokens.embed_audio_tokens.weight.dtype
+    embeds, cache = model.embed_text_tokens(ids).to(dtype), DynamicCache(config=config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    frames, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    lengths = caps.clone()
+    for number in range(int(caps.max())):
+        output = model.backbone_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                      past_key_values=cache, use_cache=True)
+        frame = generate_frame(model, output.last_hidden_state[:, -1], temperature, top_k, generator)
+        stops = (frame == config.codebook_eos_token_id).all(-1) & ~ended & (number < caps)
+        lengths[stops] = number
+        ended |= stops
+        frames.append(frame)
+        if (ended | (number + 1 >= caps)).all():
+            break
+        embeds = model.backbone_model.embed_tokens(frame[:, None])
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        positions = positions[:, -1:] + 1
+    codes = torch.stack(frames, 1).cpu().numpy().astype(np.uint16)
+    return [(codes[row, : max(1, int(lengths[row]))], bool(ended[row])) for row in range(len(prompts))]
+
+
+def generate_frame(model, hidden: torch.Tensor, temperature: float, top_k: int, generator) -> torch.Tensor:
+    """All codebooks of one frame, (batch, codebooks), from the backbone's last hidden state (batch, width)."""
+    depth, cache = model.depth_decoder, DynamicCache(config=model.config.depth_decoder_config)
+    codes = model.codec_model.config.codebook_size  # the vocabulary has a few ids more, which the codec can not decode
+    tokens = [sample(model.lm_head(hidden)[..., :codes], temperature, top_k, generator)]
+    ids = torch.stack([torch.zeros_like(tokens[0]), tokens[0]], 1)  # position 0 is replaced by the hidden state
+    for _ in range(model.config.num_codebooks - 1):
+        state = hidden.clone() if len(tokens) == 1 else None
+        output = depth(input_ids=ids, backbone_last_hidden_state=state, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens.append(sample(output.logits[:, -1, :codes], temperature, top_k, generator))
+        ids = tokens[-1][:, None]
+    return torch.stack(tokens, 1)

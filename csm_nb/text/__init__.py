@@ -1,0 +1,1 @@
+"""Text: sentences to say, numbers in words, and what two texts are compared by."""

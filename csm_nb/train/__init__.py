@@ -1,0 +1,1 @@
+"""A training: batches, loss, Trainer, checkpoints, self-check, selection, cost."""

@@ -1,0 +1,173 @@
+"""What a training says while it runs: a line every few steps, a figure that grows, probes spoken, metrics.jsonl, TensorBoard."""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from IPython import get_ipython
+from IPython.display import display
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from csm_nb import audio
+from csm_nb.csm.attention import use_attention
+from csm_nb.show import players, results
+from csm_nb.speak.generate import speak
+
+REDRAW = 2.0  # s; a figure drawn at every log of a fast training would be most of its time
+PARTS = ("loss", "backbone_loss", "depth_loss", "text_loss", "eval_loss", "grad_norm")
+
+
+class KeepPace(TrainerCallback):
+    """Asks the Trainer for a line of the log and a checkpoint by the clock, and for those at the steps `choices` with an
+    evaluation, whatever the time.
+
+    A checkpoint comes with a line, so that a resumed training's next line counts from there as well. None of it changes what
+    is learned: evaluations, by which a training may stop early, do not go by the clock. A training that stops early is saved
+    where it stopped. `log_seconds` and `save_minutes` of 0 leave the clock alone.
+    """
+
+    def __init__(self, log_seconds: float, save_minutes: float, choices=()):
+        self.log_seconds, self.save_seconds, self.choices = log_seconds, 60 * save_minutes, set(choices)
+        self.logged = self.saved = self.began = time.monotonic()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.monotonic()
+        ahead = 2 * now - self.began  # when the next step is done, if it takes as long
+        due = [0 < self.log_seconds < ahead - self.logged, 0 < self.save_seconds < ahead - self.saved]
+        if args.world_size > 1:
+            due = broadcast_object_list(due)  # all processes do the same, by the clock of the first
+        chosen = state.global_step in self.choices
+        control.should_evaluate |= chosen
+        control.should_save |= chosen or due[1]
+        control.should_log |= due[0] or control.should_save
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save |= control.should_training_stop
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.logged = self.saved = time.monotonic()
+
+
+class PrintProgress(TrainerCallback):
+    """One line every few steps with the losses, gradient norm, rates and the time that is left, that of the `evaluations`
+    (steps) to come in it."""
+
+    def __init__(self, evaluations=()):
+        self.evaluations, self.start, self.heard, self.evaluating = evaluations, None, 0.0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = self.start or (time.monotonic(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+            return
+        self.heard += logs.get("audio_seconds", 0.0)
+        words = [f"step {state.global_step}/{state.max_steps}"]
+        words += [f"{key} {logs[key]:.3f}" for key in PARTS if key in logs]
+        words += [f"lr {logs['learning_rate']:.1e}"] if "learning_rate" in logs else []
+        if self.start and state.global_step > self.start[1]:
+            self.evaluating += logs.get("eval_runtime", 0.0)
+            seconds = time.monotonic() - self.start[0] - self.evaluating
+            words += [f"{self.heard / seconds:.1f} s of audio per second"]
+            words += [f"{datetime.timedelta(seconds=round(self.count_left(state, seconds)))} left"]
+        print("  ".join(words), flush=True)
+
+    def count_left(self, state, seconds: float) -> float:
+        """Seconds to the end, when the steps since the start took `seconds`: steps, and evaluations as long as those before."""
+        steps = (state.max_steps - state.global_step) * seconds / (state.global_step - self.start[1])
+        took = [row["eval_runtime"] for row in state.log_history if "eval_runtime" in row]
+        evaluated = max((row["step"] for row in state.log_history if "eval_runtime" in row), default=0)
+        to_come = sum(step > evaluated for step in self.evaluations)
+        return steps + to_come * sum(took) / max(1, len(took))
+
+
+class WriteMetrics(TrainerCallback):
+    """Keeps <output_dir>/metrics.jsonl: one line a logged step, without what a killed run logged after its checkpoint."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(".metrics.jsonl.part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")
+            os.replace(part, path)
+
+
+class LiveFigure(TrainerCallback):
+    """In a notebook, the figure of the losses, drawn anew as they come in; elsewhere nothing."""
+
+    def __init__(self):
+        self.handle, self.drawn = None, 0.0
+
+    def on_log(self, args, state, control, **kwargs):
+        if time.monotonic() - self.drawn > REDRAW:
+            self.draw(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw(state)
+
+    def draw(self, state):
+        if get_ipython() is None or not state.is_world_process_zero:
+            return
+        figure = results.draw_losses(state.log_history)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        self.drawn = time.monotonic()
+
+
+class SpeakSamples(TrainerCallback):
+    """Every so many steps, `texts` spoken by the model as it is: players in a notebook, and out_dir/step-<n>/<i>.wav.
+
+    `every` 0 speaks once, half way. What is drawn for it is drawn apart, so that the training is the same with it and
+    without. What fails in speaking is printed, and the training goes on.
+    """
+
+    def __init__(self, model, processor, texts, speaker_id: str, every: int, out_dir, seed: int = 0):
+        self.model, self.processor, self.texts, self.speaker_id = model, processor, list(texts), speaker_id
+        self.every, self.out_dir, self.seed = every, Path(out_dir), seed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every, step = self.every or -(-state.max_steps // 2), state.global_step
+        if not state.is_world_process_zero or step % every or step >= state.max_steps:
+            return  # what is said at the end, the notebook asks for itself
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        use_attention(inner, training=False)
+        self.model.eval()
+        try:
+            said = speak(self.model, self.processor, self.texts, self.speaker_id, seed=self.seed)
+            for number, speech in enumerate(said):
+                audio.write_audio(self.out_dir / f"step-{step}" / f"{number}.wav", speech.wav)
+        except Exception as error:
+            print(f"step {step}: no samples, the training goes on ({type(error).__name__}: {error})", flush=True)
+        else:
+            print(f"step {step}: {sum(s.ended for s in said)} of {len(said)} samples ended, {self.out_dir.name}/step-{step}")
+            if get_ipython() is not None:
+                display(players.players([(f"step {step}: {s.text} ({'ended' if s.ended else 'runaway'})", s.wav) for s in said]))
+        finally:
+            use_attention(inner, training=True)
+            self.model.train()
+
+
+class WriteTensorBoard(TensorBoardCallback):
+    """The log for `tensorboard --logdir <output_dir>/tensorboard`; a resumed training goes on in it from its checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.tb_writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step + 1)
+        super().on_train_begin(args, state, control, **kwargs)

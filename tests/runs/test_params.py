@@ -1,0 +1,394 @@
+"""Parameters are refused before anything starts; a run's hash changes with what matters and with nothing else."""
+
+import importlib.metadata
+import importlib.util
+import json
+
+import pytest
+import yaml
+from conftest import ROOT, write_notebook
+
+from csm_nb import paths, provenance, recipe
+from csm_nb.runs import folders, params
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    """Let the package's own `params` work in the small project."""
+    monkeypatch.setattr(paths, "ROOT", project)
+    monkeypatch.setattr(paths, "NOTEBOOKS", project / "notebooks")
+    monkeypatch.setattr(paths, "PACKAGE", project / "csm_nb")
+    return project
+
+
+def place(stage="00_mimi_sanity", **values):
+    return folders.place_run(stage, params.check_params(stage, values))[0]
+
+
+def complete(stage, **values):
+    run = folders.open_run(stage, {name: p.default for name, p in params.read_cell(stage).items()} | values)
+    (run.dir / "adapter").mkdir(exist_ok=True)
+    (run.dir / "adapter" / "adapter_config.json").write_text(json.dumps(values))
+    folders.finish_run(run, {}, "go")
+    return run
+
+
+def test_later_files_and_overrides_win(here):
+    values, origins = params.load_params(["params/da.yaml", "params/mini.yaml"], {"clips": 5})
+    assert values == {"language": "da", "lr": 2.0e-3, "clips": 5}
+    assert origins == {"language": "params/da.yaml", "lr": "params/mini.yaml", "clips": "command line"}
+    checked = params.check_params("00_mimi_sanity", values, origins)
+    assert (checked["lr"], checked["clips"], checked["audio"]) == (2.0e-3, 5, "")
+
+
+def test_a_comment_with_an_equals_sign_hides_no_parameter(here):
+    write_notebook(here / "notebooks" / "00_mimi_sanity.ipynb", 'clips: int = 3  # 3 = enough\nname: str = "a=b"')
+    found = params.read_cell("00_mimi_sanity")
+    assert found == {"clips": params.Parameter("int", 3), "name": params.Parameter("str", "a=b")}
+
+
+@pytest.mark.parametrize("line", ["n = 3", "n: int = 1 + 2", "n: int = '3'", "import os", "n: set = {1}"])
+def test_a_cell_of_anything_but_annotated_literals_is_refused(here, line):
+    write_notebook(here / "notebooks" / "00_mimi_sanity.ipynb", line)
+    with pytest.raises(recipe.ParameterError, match="line 1 of the parameters cell"):
+        params.read_cell("00_mimi_sanity")
+
+
+def test_unknown_key_is_refused_with_file_key_and_the_known_ones(here):
+    (here / "params" / "mini.yaml").write_text("clipz: 3\n")
+    with pytest.raises(recipe.ParameterError, match=r"params/mini.yaml: unknown parameter 'clipz' \(value 3\).*clips"):
+        params.load_params(["params/da.yaml", "params/mini.yaml"])
+
+
+@pytest.mark.parametrize("text, message", [("- 1\n", "key: value"), ("a: [\n", "not readable as YAML"),
+                                           ("a: 2026-99-99\n", "not readable as YAML"),
+                                           ("lr: 1.0e-3\nseed: 1\nlr: 2.0e-3\n", "lr is given twice, in lines 1 and 3")])
+def test_a_file_that_is_no_flat_yaml_is_refused(here, text, message):
+    (here / "params" / "mini.yaml").write_text(text)
+    with pytest.raises(recipe.ParameterError, match=f"params/mini.yaml: .*{message}"):
+        params.load_params(["params/mini.yaml"])
+
+
+def test_a_missing_file_is_refused_with_those_that_are_there(here):
+    with pytest.raises(recipe.ParameterError, match="params/xx.yaml: no such file.*da.yaml, mini.yaml, sv.yaml"):
+        params.load_params(["params/xx.yaml"])
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("clips", "12", "clips is .12. .str.; allowed is int"),
+    ("clips", True, "clips is True .bool."),
+    ("clips", 1.5, "clips is 1.5 .float."),
+    ("lr", yaml.safe_load("1e-4"), r"lr is '1e-4' .str.*write 1.0e-4, with the point"),
+    ("lr", "fast", "lr is .fast. .str.; allowed is float, such as 0.001$"),
+    ("language", yaml.safe_load("no"), "language is False .bool."),
+    ("language", "xx", "language is 'xx': .*da"),
+    ("codebooks", ["all"], "codebooks is .*list of int"),
+    ("codebooks", [], "codebooks is .*list of int"),
+    ("base_model", "csm-1b", "base_model is 'csm-1b', and there is no such folder"),
+    ("base_model", "models/nothing", "base_model is 'models/nothing', and there is no such folder; .*: base"),
+    ("audio", "nowhere/manifest.jsonl", "audio is 'nowhere/manifest.jsonl'.*a manifest.jsonl, a folder of audio"),
+])  # fmt: skip
+def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here, key, value, message):
+    with pytest.raises(recipe.ParameterError, match=f"params/my.yaml: {message}"):
+        params.check_params("00_mimi_sanity", {key: value}, {key: "params/my.yaml"})
+
+
+@pytest.mark.parametrize(("stage", "key", "value", "message"), [
+    ("00_mimi_sanity", "clips", -1, "allowed is from 1 on"),
+    ("00_mimi_sanity", "clips", 0, "allowed is from 1 on"),
+    ("00_mimi_sanity", "seed", -1, "allowed is from 0 to below 2147483648"),
+    ("00_mimi_sanity", "codebooks", [0, 8], "allowed is from 1 on"),
+    ("00_mimi_sanity", "codebooks", [8, 8], "allowed is each number once"),
+    ("00_mimi_sanity", "codebooks", [True], "a list of int"),
+    ("00_mimi_sanity", "device", "gpu", "allowed: auto, cpu, cuda, cuda:<number>, mps"),
+    ("00_mimi_sanity", "device", "cuda:x", "allowed: auto, cpu, cuda, cuda:<number>, mps"),
+    ("00_mimi_sanity", "f0_method", "crepe", "allowed: praat, pyin, torchcrepe"),
+    ("00_mimi_sanity", "marks", "nowhere.tsv", "allowed: a file or a folder, or empty"),
+    ("00_mimi_sanity", "audio", 7, "YAML reads .* digits as a number: write them in quotes"),
+    ("00_mimi_sanity", "codec_model", "", "allowed: models/<folder>, owner/name of the hub; under models/ "),
+    ("00_mimi_sanity", "asr_model", "byLanguage", "allowed: models/<folder>, owner/name of the hub, by-language; under models/ "),
+    ("00_mimi_sanity", "align_model", "mini", "allowed: models/<folder>, owner/name of the hub, empty; under models/ "),
+    ("02_synthetic", "init_adapter", "02_synthetic", r"trains before 02_synthetic \(01_anchor\), the folder of an"),
+    ("03_adapter", "init_adapter", "04_confusion", r"trains before 03_adapter \(01_anchor, 02_synthetic\), the folder"),
+    ("01_anchor", "runs_dir", "", "allowed is a folder, such as 'runs'"),
+    ("01_anchor", "max_tokens", 1, "allowed is from 64 on"),
+    ("01_anchor", "lr", 0, "allowed is above 0 to 1"),
+    ("01_anchor", "lr", float("nan"), "allowed is above 0 to 1"),
+    ("01_anchor", "text_weight", float("inf"), "allowed is from 0 on"),
+    ("01_anchor", "depth_ratio", 1.5, "allowed is above 0 to 1"),
+    ("01_anchor", "depth_ratio", 0, "allowed is above 0 to 1"),
+    ("01_anchor", "dropout", 1, "allowed is from 0 to below 1"),
+    ("01_anchor", "rank", 0, "allowed is from 1 on"),
+    ("01_anchor", "alpha", 0, "allowed is from 1 on"),
+    ("01_anchor", "anchor_steps", 0, "allowed is from 1 on"),
+    ("01_anchor", "patience", -1, "allowed is from 0 on"),
+    ("01_anchor", "codebook_weights", [1.0, -1], "allowed is from 0 on"),
+    ("01_anchor", "codebook_weights", ["all"], "a list of float or int"),
+    ("04_confusion", "compare", [], "a list of str"),
+    ("04_confusion", "compare", [False, "da"], '"no" in quotes'),
+])  # fmt: skip
+def test_a_value_out_of_its_range_is_refused_with_what_is_allowed(stage, key, value, message):
+    with pytest.raises(recipe.ParameterError, match=f"my.yaml: {key} is .*{message}"):
+        params.check_params(stage, {key: value}, {key: "my.yaml"})
+
+
+def test_every_number_of_every_notebook_has_its_range_stated():
+    stated = " ".join(params.RANGES.values()).split()
+    for stage in paths.STAGES:
+        for key, parameter in params.read_cell(stage).items():
+            number = parameter.default[0] if isinstance(parameter.default, list) and parameter.default else parameter.default
+            assert type(number) not in (int, float) or key in stated, key
+    assert len(stated) == len(set(stated))
+
+
+@pytest.mark.parametrize(("stage", "values", "message"), [
+    ("00_mimi_sanity", {"codebooks": [1, 64]}, "models/csm-mini has 8 codebooks; allowed are numbers from 1 to 8"),
+    ("00_mimi_sanity", {"clips": 100_000}, "clips is 100000: the templates of Danish hold .* held-out"),
+    ("00_mimi_sanity", {"f0_method": "torchcrepe"}, "f0_method is 'torchcrepe': it needs a package"),
+    ("01_anchor", {"codebook_weights": [1, 2]}, "codebook_weights is .*has 8 codebooks; allowed are as many weights"),
+    ("01_anchor", {"codebook_weights": [0] * 8}, "not all 0"),
+    ("01_anchor", {"four_bit": True, "device": "cpu"}, "four_bit is True: it needs an NVIDIA GPU"),
+    ("01_anchor", {"backend": "unsloth", "device": "cpu"}, "backend is 'unsloth': it needs an NVIDIA GPU"),
+    ("04_confusion", {"sentences": 1900}, "the templates of English hold .* held-out"),
+    ("05_phonemes", {"sentences": 4000}, "sentences is 4000: the templates of Danish"),
+    ("01_anchor", {"device": "cuda"}, "device is 'cuda': there is no CUDA device; allowed are auto and cpu$"),
+    ("01_anchor", {"runs_dir": "README.md/runs"}, "README.md is no folder; allowed is a folder, or one that can be made"),
+    ("01_anchor", {"device": "mps"}, "device is 'mps': there is no such device; allowed are auto and cpu$"),
+])  # fmt: skip
+def test_what_is_not_here_is_refused_before_anything_starts(monkeypatch, stage, values, message):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    checked = params.check_params(stage, values)
+    with pytest.raises(recipe.ParameterError, match=f"^notebooks/{stage}.ipynb: .*{message}"):
+        params.check_inputs(stage, checked)
+
+
+def test_a_device_is_one_of_those_that_there_are(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:1"):
+        params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": device, "four_bit": device != "cpu"}))
+    with pytest.raises(recipe.ParameterError, match="device is 'cuda:2': there are 2, from cuda:0 on; allowed are auto"):
+        params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": "cuda:2"}))
+
+
+def test_the_trainer_takes_the_gpu_that_is_named(here, monkeypatch):
+    import torch
+    from accelerate import PartialState
+
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")  # put back afterwards
+    monkeypatch.setattr(params, "check_inputs", lambda *_: None)
+    values = {name: p.default for name, p in params.read_cell("01_anchor").items()} | {"device": "cuda:1"}
+    run = folders.open_run("01_anchor", values)
+    PartialState._reset_state()
+    assert PartialState().device == torch.device("cuda:1") and run.params["device"] == "cuda:1"
+    PartialState._reset_state()
+
+
+@pytest.mark.parametrize("package", ["pystoi", "pesq"])
+def test_hash_changes_with_a_package_that_measures_more(here, monkeypatch, package):
+    found, base = importlib.util.find_spec, place()
+    training = place("01_anchor")
+    installed = lambda name: name if name == package else None if name in ("pystoi", "pesq") else found(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", installed)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    older = place()
+    assert older.name != base.name or found(package)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0")
+    assert place().name not in (older.name, base.name)
+    assert place("01_anchor") == training  # which measures nothing by it
+
+
+def test_a_folder_that_the_runner_handed_down_is_the_one_that_is_written_to(here, monkeypatch):
+    values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+    handed = place().with_name(f"{place().name}.7")
+    monkeypatch.setenv(folders.HANDED_DOWN, str(handed))
+    assert folders.open_run("00_mimi_sanity", values).dir == handed
+    with pytest.raises(recipe.ParameterError, match="something was edited while it started"):
+        folders.open_run("00_mimi_sanity", values | {"clips": 4})
+    anchor = {name: p.default for name, p in params.read_cell("01_anchor").items()}
+    assert folders.open_run("01_anchor", anchor).dir == place("01_anchor")  # another stage's: not meant
+
+
+@pytest.mark.parametrize("key, value", [("method", "dora"), ("schedule", "step"), ("dtype", "fp8"), ("backend", "jax")])
+def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, value):
+    with pytest.raises(recipe.ParameterError, match=f"my.yaml: {key} is '{value}'; allowed: {', '.join(params.CHOICES[key])}"):
+        params.check_params("01_anchor", {key: value}, {key: "my.yaml"})
+
+
+def test_the_codec_and_the_base_have_a_backend_each():
+    checked = params.check_params("00_mimi_sanity", {"codec_backend": "moshi", "backend": "unsloth"})
+    assert checked["codec_backend"] == "moshi" and "backend" not in checked
+    with pytest.raises(recipe.ParameterError, match="codec_backend is 'unsloth'; allowed: transformers, moshi"):
+        params.check_params("00_mimi_sanity", {"codec_backend": "unsloth"})
+
+
+def test_a_full_training_goes_on_from_a_full_one_and_not_from_an_adapter(tmp_path):
+    for method in recipe.TRAINED:
+        (tmp_path / method).mkdir()
+        (tmp_path / method / recipe.TRAINED[method]).write_text("{}")
+    given = {"language": "da", "runs_dir": str(tmp_path), "base_model": "models/csm-mini"}
+    assert folders.find_inputs(given | {"method": "full", "init_adapter": str(tmp_path / "full")})["init_adapter"]
+    with pytest.raises(recipe.ParameterError, match="holds no config.json"):
+        folders.find_inputs(given | {"method": "full", "init_adapter": str(tmp_path / "lora")})
+
+
+def test_an_int_is_taken_where_a_float_belongs(here):
+    assert isinstance(params.check_params("00_mimi_sanity", {"lr": 1})["lr"], float)
+    assert place(lr=1) == place(lr=1.0)
+
+
+def test_hash_ignores_where_a_run_happens_and_how_a_path_is_written(here):
+    base = place()
+    assert place(device="cpu") == base
+    assert place(runs_dir="elsewhere").name == base.name
+    assert place(base_model=str(here / "models" / "base")) == base
+    assert len(base.name) == 12 and base.parent == here / "runs" / "da" / "00_mimi_sanity"
+
+
+def test_hash_changes_with_every_parameter_that_matters(here):
+    changes = [{}, {"seed": 1}, {"clips": 4}, {"language": "sv"}, {"codebooks": [1]}, {"base_model": "org/model"}]
+    assert len({place(**change).name for change in changes}) == len(changes)
+
+
+def test_hash_changes_with_the_weights_but_not_with_the_card(here):
+    base = place()
+    (here / "models" / "base" / "README.md").write_text("a card")
+    assert place() == base
+    (here / "models" / "base" / "model.safetensors").write_bytes(b"weights")
+    assert place() != base
+
+
+def test_hash_changes_with_imported_code_but_not_with_its_comments(here):
+    base, helper = place(), here / "csm_nb" / "helper.py"
+    helper.write_text("VALUE = 1  # the value\n")
+    (here / "csm_nb" / "unused.py").write_text("VALUE = 2\n")
+    assert place() == base
+    helper.write_text("VALUE = 2\n")  # imported by work.py, which the notebook imports
+    changed = place()
+    assert changed != base
+    (here / "csm_nb" / "words.yaml").write_text("- ord\n")
+    assert place() not in (base, changed)
+
+
+def test_hash_changes_with_a_notebook_cell_but_not_with_the_default_of_an_overridden_parameter(here):
+    notebook, base = here / "notebooks" / "00_mimi_sanity.ipynb", place(clips=5)
+    text = notebook.read_text()
+    notebook.write_text(text.replace("clips: int = 3", "clips: int = 4"))
+    assert place(clips=5) == base
+    notebook.write_text(text.replace('\\"score\\": 0.5', '\\"score\\": 0.6'))
+    assert place(clips=5) != base
+
+
+def test_hash_changes_with_a_clip_of_a_manifest_and_survives_a_bad_line(here):
+    manifest, clip = here / "m.jsonl", here / "a.wav"
+    clip.write_bytes(b"12")
+    manifest.write_text('{"audio_path": "a.wav"}\nnot json\n{"audio_path": "missing.wav"}\n7\n')
+    base = place(audio="m.jsonl")
+    clip.write_bytes(b"123")
+    assert place(audio="m.jsonl") != base
+
+
+def test_hash_of_a_folder_of_audio_is_of_names_and_sizes(here):
+    (here / "clips").mkdir()
+    base = place(audio="clips")
+    (here / "clips" / "a.wav").write_bytes(b"12")
+    assert place(audio="clips") != base
+
+
+def test_open_run_records_provenance_and_seeds(here):
+    import numpy as np
+    import torch
+
+    first = complete("00_mimi_sanity", seed=7)
+    draws = [params.random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+    record = provenance.read_json(first.dir / "run.json")
+    assert record["status"] == "done" and record["params"]["seed"] == 7 and record["inputs"]["base_model"]["hash"]
+    assert {"commit", "dirty", "versions", "host", "seconds", "peak_memory_bytes"} <= record.keys()
+    assert provenance.read_json(first.dir / "metrics.json") == {"verdict": "go"}
+    complete("00_mimi_sanity", seed=7)
+    assert draws == [params.random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+
+
+def test_an_unfinished_run_is_taken_up_and_a_finished_one_never_overwritten(here):
+    values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+    first = folders.open_run("00_mimi_sanity", values)
+    assert folders.open_run("00_mimi_sanity", values).dir == first.dir
+    folders.finish_run(first, {"x": 1}, "go")
+    second = folders.open_run("00_mimi_sanity", values)
+    assert second.dir.name == first.dir.name + ".2"
+    assert folders.find_done(first.dir) == first.dir
+    folders.finish_run(second, {"x": 2}, "stop")
+    assert folders.open_run("00_mimi_sanity", values).dir.name == first.dir.name + ".3"
+    assert provenance.read_json(first.dir / "metrics.json")["x"] == 1
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(here):
+    import psutil
+
+    base = place()
+    base.mkdir(parents=True)
+    other = psutil.Process().parent()
+    at_work, over = [other.pid, other.create_time()], [other.pid, other.create_time() - 60]
+    provenance.write_json(base / "run.json", {"status": "running", "process": at_work})
+    assert folders.choose_folder(base).name == base.name + ".2"
+    provenance.write_json(base / "run.json", {"status": "running", "process": over})
+    assert folders.choose_folder(base) == base  # the process id is another process's by now
+    provenance.write_json(base / folders.RUNNER, {"runner": over, "papermill": at_work})  # its kernel is not there yet
+    assert folders.choose_folder(base).name == base.name + ".2" and folders.find_orphans(base) == [at_work]
+    provenance.write_json(base / folders.RUNNER, {"runner": at_work, "papermill": at_work})
+    assert folders.find_orphans(base) == []
+
+
+def test_a_notebook_whose_parameters_cell_did_not_run_is_told_so(here):
+    with pytest.raises(recipe.ParameterError, match="seed.* not set; run the parameters cell first"):
+        folders.open_run("00_mimi_sanity", {"language": "da"})
+
+
+def test_adapter_of_a_stage_is_the_newest_complete_one_on_the_same_base_and_language(here):
+    with pytest.raises(recipe.ParameterError, match="run 01_anchor for da first"):
+        place("02_synthetic")
+    older = complete("01_anchor")
+    newer = complete("01_anchor", seed=1)
+    (here / "models" / "other").mkdir()
+    (here / "models" / "other" / "config.json").write_text("other")
+    complete("01_anchor", base_model="models/other")
+    complete("01_anchor", language="sv")
+    params.os.utime(older.dir / "done.json", (1, 1))
+    run = folders.open_run("02_synthetic", {name: p.default for name, p in params.read_cell("02_synthetic").items()})
+    assert folders.find_adapter("01_anchor", run) == newer.dir / "adapter"
+    assert folders.find_adapter(str(older.dir), run) == older.dir / "adapter"
+    assert folders.find_adapter("", run) is None
+    with pytest.raises(recipe.ParameterError, match="holds no adapter_config.json"):
+        folders.find_adapter("models/base", run)
+
+
+def test_hash_changes_with_the_adapter_that_a_run_goes_on_from(here):
+    complete("01_anchor")
+    base = place("02_synthetic")
+    complete("01_anchor", seed=1)
+    assert place("02_synthetic") != base
+    assert place("02_synthetic", init_adapter="").name != base.name
+
+
+def test_records_are_json_whatever_numpy_says(tmp_path):
+    import numpy as np
+
+    content = {"a": np.float32(0.5), "b": np.arange(2), "c": float("nan"), "d": tmp_path, 1: (2,)}
+    provenance.write_json(tmp_path / "a.json", content)
+    assert provenance.read_json(tmp_path / "a.json") == {"a": 0.5, "b": [0, 1], "c": None, "d": str(tmp_path), "1": [2]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_parameter_file_fits_the_notebooks(path):
+    values, origins = params.load_params([path])
+    for stage in paths.STAGES:
+        params.check_params(stage, values, origins)
+    if "language" in values:
+        assert values["language"] == path.stem and path.stem in values["compare"]

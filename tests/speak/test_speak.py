@@ -1,0 +1,109 @@
+"""Batched generation says what one sentence at a time says, ends, and is reproducible."""
+
+import numpy as np
+import pytest
+import torch
+
+from csm_nb.csm.adapters import load_adapter, start_training
+from csm_nb.csm.load import load_base
+from csm_nb.csm.save import save_adapter
+from csm_nb.speak.generate import SpeechError, cap_seconds, count_letters, generate_codes, speak
+
+TEXTS = ["The cat is here.", "My brother buys a big red house.", "Where are you?"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("models/csm-mini", "cpu")
+
+
+def test_greedy_codes_are_those_of_transformers_generate(base):
+    model, processor = base
+    inputs = processor(f"<|begin_of_text|>[0]{TEXTS[0]}<|end_of_text|>", return_tensors="pt")
+    theirs = model.generate(**inputs, max_new_tokens=15, do_sample=False, depth_decoder_do_sample=False)[0].numpy()
+    ours, _ = generate_codes(model, processor, TEXTS[:1], ["0"], 0.0, 1, None)[0]
+    shared = min(len(ours), len(theirs))
+    assert shared > 3
+    assert np.array_equal(ours[:shared], theirs[:shared])
+
+
+def test_a_batch_says_what_single_sentences_say(base):
+    model, processor = base
+    together = speak(model, processor, TEXTS, temperature=0.0)
+    for text, speech in zip(TEXTS, together, strict=True):
+        alone = speak(model, processor, [text], temperature=0.0)[0]
+        assert np.array_equal(alone.codes, speech.codes)
+        assert alone.ended == speech.ended
+
+
+def test_the_same_seed_says_the_same_and_another_does_not(base):
+    first, again, other = (speak(*base, TEXTS, seed=seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a.codes, b.codes) for a, b in zip(first, again, strict=True))
+    assert any(not np.array_equal(a.codes, b.codes) for a, b in zip(first, other, strict=True))
+
+
+def test_speech_is_as_long_as_its_codes_and_never_passes_its_cap(base):
+    model, _ = base
+    samples = model.codec_model.config.frame_size
+    for speech in speak(*base, TEXTS):
+        assert speech.wav.dtype == np.float32
+        assert len(speech.wav) == len(speech.codes) * samples
+        assert len(speech.codes) <= 25 * (0.15 * len(speech.text) + 1)
+
+
+def test_a_model_that_never_ends_is_stopped_at_its_cap_and_counted(base, monkeypatch):
+    model, processor = base
+    monkeypatch.setattr(model.config, "codebook_eos_token_id", -1)
+    for text, speech in zip(TEXTS, speak(model, processor, TEXTS), strict=True):
+        assert not speech.ended
+        assert len(speech.codes) == int(25 * (0.15 * len(text) + 1))
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", "…", "?!", "–", "Привет"])
+def test_a_text_with_nothing_to_say_is_refused_before_anything_is_spoken(base, nothing):
+    with pytest.raises(SpeechError, match="nothing to say"):
+        speak(*base, [TEXTS[0], nothing])
+
+
+def test_a_text_that_does_not_fit_the_context_is_refused_with_the_limit(base, monkeypatch):
+    model, _ = base
+    most = 425  # letters of this model: a position each, 5 around them, and 25 frames for each .15 s and 1 s more
+    with pytest.raises(SpeechError, match=r"up to 2053 positions \(431 of text, 1622 frames: 65 s\)"):
+        speak(*base, ["a" * (most + 1)])
+    with pytest.raises(SpeechError, match="the model has 2048: split it at its sentences"):
+        speak(*base, ["1" * 50])  # by what will be said
+    monkeypatch.setattr("csm_nb.speak.generate.generate_codes", lambda model, processor, texts, *more: [
+        (np.zeros((1, 8), np.uint16), True) for _ in texts])
+    assert len(speak(*base, ["a" * most])) == 1
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("2026", "dwa tysiące dwadzieścia sześć"), ("77", "siebenundsiebzig"), ("NRKs", "enn err kås"), ("5 %", "fem prosent"),
+    ("999999", "novecentonovantanovemilanovecentonovantanove"), ("WC", "double-v c"), ("½", "en halv"), ("C++", "c plus plus"),
+])
+def test_the_cap_is_by_what_will_be_said(text, words):
+    assert cap_seconds(text) >= cap_seconds(words) and cap_seconds(words) == 0.15 * len(words) + 1
+
+
+def test_plain_words_count_their_letters():
+    for text in (*TEXTS, "Jeg vet ikke. Å nei!", "I am here"):
+        assert count_letters(text) == len(text)
+
+
+def test_nothing_asked_is_nothing_said(base):
+    assert speak(*base, []) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("text", [True, False])
+def test_base_and_adapter_speak_in_every_dtype_with_a_text_table_and_without(dtype, text, tmp_path):
+    model, processor = load_base("models/csm-mini", "cpu", dtype)
+    assert speak(model, processor, TEXTS[:1])[0].ended
+    model = start_training(model, "lora", None, 4, 8, 0.0, text_embeddings=text)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.02)
+    assert speak(model, processor, TEXTS[:1])[0].ended  # as SpeakSamples does in the middle of a training
+    loaded = load_adapter(load_base("models/csm-mini", "cpu", dtype)[0], save_adapter(model, tmp_path / "lora_en"))
+    assert speak(loaded, processor, TEXTS[:1])[0].ended
