@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from csm_nb.audio import read_audio
-from csm_nb.codec import mimi
 from csm_nb.codec.mimi import encode, load_codec
 from csm_nb.corpora import tokens
 from csm_nb.corpora.tokens import TokensError, read_tokens, write_tokens
@@ -46,7 +45,7 @@ def test_what_is_read_is_what_the_codec_gives_for_each_clip(codec, corpus, tmp_p
 
 def test_the_same_rows_are_not_encoded_twice_and_other_rows_are(codec, corpus, tmp_path, monkeypatch):
     rows, encoded = read_manifest(corpus), []
-    monkeypatch.setattr(mimi, "encode", lambda codec, wavs: encoded.append(len(wavs)) or encode(codec, wavs))
+    monkeypatch.setattr(tokens, "encode", lambda codec, wavs: encoded.append(len(wavs)) or encode(codec, wavs))
     for used in (rows, rows, rows[:4]):
         assert write_tokens(used, codec, tmp_path / "tokens.parquet")["clips"] == len(used)
     assert encoded == [10, 4]
@@ -73,7 +72,7 @@ tokens.write_tokens(read_manifest({str(corpus)!r}), load_codec("models/csm-mini"
     assert parts and not (tmp_path / "tokens.parquet").exists()
     encoded = []
     monkeypatch.setattr(tokens, "PART_CLIPS", 2)
-    monkeypatch.setattr(mimi, "encode", lambda codec, wavs: encoded.append(len(wavs)) or encode(codec, wavs))
+    monkeypatch.setattr(tokens, "encode", lambda codec, wavs: encoded.append(len(wavs)) or encode(codec, wavs))
     result = write_tokens(read_manifest(corpus), codec, tmp_path / "tokens.parquet")
     assert result["clips"] == 10 and 0 < sum(encoded) < 8
     whole = write_tokens(read_manifest(corpus), codec, tmp_path / "whole.parquet")

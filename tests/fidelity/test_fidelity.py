@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from csm_nb.audio import SAMPLE_RATE, write_audio
-from csm_nb.codec import mimi
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora.sources import load_corpus
+from csm_nb.fidelity import clips as fidelity_clips
 from csm_nb.fidelity import traits
 from csm_nb.fidelity.clips import code_clips, find_clips, list_unmeasured, measure_clips
 from csm_nb.fidelity.verdict import (
@@ -208,8 +208,8 @@ def test_a_manifest_without_the_language_says_what_it_has(tmp_path):
 @pytest.fixture
 def perfect(monkeypatch):
     """Let the codec be one that gives back what it gets, and KlattGrid's words be fewer."""
-    monkeypatch.setattr(mimi, "encode", lambda codec, wavs, codebooks: [wav[:, None] for wav in wavs])
-    monkeypatch.setattr(mimi, "decode", lambda codec, codes: [code[:, 0] for code in codes])
+    monkeypatch.setattr(fidelity_clips, "encode", lambda codec, wavs, codebooks: [wav[:, None] for wav in wavs])
+    monkeypatch.setattr(fidelity_clips, "decode", lambda codec, codes: [code[:, 0] for code in codes])
     monkeypatch.setattr(klatt, "CUES", klatt.CUES[:1])
 
 

@@ -12,17 +12,13 @@ import torch
 from safetensors.torch import load_file
 from test_train import make_rows, plain_loss
 
-from csm_nb import device
 from csm_nb.csm.adapters import add_adapter, load_adapter, train_fully
 from csm_nb.csm.load import load_base
 from csm_nb.csm.save import save_adapter
-from csm_nb.judge import judges as judge_judges
 from csm_nb.judge.judges import load_asr, load_lid
 from csm_nb.languages import LANGUAGES
 from csm_nb.recipe import Recipe, TrainingError
-from csm_nb.speak import generate
 from csm_nb.synth.espeak import VOICES
-from csm_nb.text import sentences
 from csm_nb.text.sentences import make_sentences, normalise_sentence, split_of
 from csm_nb.train import select
 from csm_nb.train.batches import batch_clips, read_clips
@@ -101,7 +97,7 @@ def table(training, judges):
 
 @pytest.mark.parametrize("weights", [(), (3, 1, 1, 0, 1, 1, 1, 0)], ids=["alike", "weighed"])
 def test_the_loss_of_a_clip_is_that_of_the_clip_alone(monkeypatch, weights):
-    monkeypatch.setattr(device, "half_precision", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(select, "half_precision", lambda device: contextlib.nullcontext())
     model, processor = load_base("models/csm-mini", "cpu")
     rows = ROWS[:5]
     losses = measure_clips(model, processor, rows, Recipe(1, depth_ratio=1.0, max_tokens=80, codebook_weights=weights))
@@ -140,7 +136,7 @@ def test_losses_of_clips_are_the_same_whenever_they_are_measured_and_leave_every
 
 def test_no_more_clips_are_measured_than_the_training_evaluates(training, monkeypatch):
     every = measure_clips(*training[:2], ROWS, RECIPE)
-    monkeypatch.setattr(sentences, "VALIDATION_CLIPS", 5)
+    monkeypatch.setattr(select, "VALIDATION_CLIPS", 5)
     few = measure_clips(*training[:2], ROWS, RECIPE)
     assert len(every) == 9 and len(few) == 5
     assert np.abs(few[:, None] - every).min(1).max() < 0.1  # five of them; bfloat16 rounds by what else is in a batch
@@ -364,9 +360,9 @@ def test_a_clip_that_babbles_counts_as_one(monkeypatch):
         given.update(texts=texts, speaker=speaker, seed=seed)
         return [SimpleNamespace(wav=np.zeros(9), ended=ended) for ended in (True, True, False)]
 
-    monkeypatch.setattr(generate, "speak", speak)
-    monkeypatch.setattr(judge_judges, "transcribe", lambda asr, wavs: [ENGLISH[0], ENGLISH[1], "bla " * 500])
-    monkeypatch.setattr(judge_judges, "identify_languages", lambda lid, wavs: [{"no": 0.9, "sv": 0.1}, {"sv": 1.0}, {"sv": 1.0}])
+    monkeypatch.setattr(select, "speak", speak)
+    monkeypatch.setattr(select, "transcribe", lambda asr, wavs: [ENGLISH[0], ENGLISH[1], "bla " * 500])
+    monkeypatch.setattr(select, "identify_languages", lambda lid, wavs: [{"no": 0.9, "sv": 0.1}, {"sv": 1.0}, {"sv": 1.0}])
     judged = judge_model(None, None, ENGLISH[:3], "no", None, None, "7", 5)
     assert given == {"texts": ENGLISH[:3], "speaker": "7", "seed": 5}
     assert judged.score.tolist() == [0, 1, 3]  # per text: CER + not heard as the language + runaway

@@ -7,7 +7,6 @@ import psutil
 import pytest
 import torch
 
-from csm_nb import processes
 from csm_nb.csm.adapters import add_adapter, train_fully
 from csm_nb.csm.load import load_base
 from csm_nb.recipe import Recipe
@@ -207,9 +206,9 @@ def test_the_table_and_its_line_show_what_was_measured():
 
 def test_a_containers_limit_counts_as_free_memory(monkeypatch):
     device = torch.device("cpu")
-    monkeypatch.setattr(processes, "read_memory_left", lambda: 600)
+    monkeypatch.setattr(cost, "read_memory_left", lambda: 600)
     assert cost.count_free(device) == 600
-    monkeypatch.setattr(processes, "read_memory_left", lambda: None)
+    monkeypatch.setattr(cost, "read_memory_left", lambda: None)
     assert cost.count_free(device) > 2**20
 
 

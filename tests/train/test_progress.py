@@ -16,7 +16,6 @@ from csm_nb.audio import read_audio
 from csm_nb.csm.adapters import add_adapter
 from csm_nb.csm.load import load_base
 from csm_nb.recipe import Recipe
-from csm_nb.speak import generate
 from csm_nb.train import callbacks
 from csm_nb.train.trainer import train_model
 
@@ -66,7 +65,7 @@ def test_samples_that_fail_are_named_and_the_training_goes_on(watched, tmp_path,
     def fail(*args, **kwargs):
         raise RuntimeError("no sound card in hell")
 
-    monkeypatch.setattr(generate, "speak", fail)
+    monkeypatch.setattr(callbacks, "speak", fail)
     assert strip(train(tmp_path, every=2)) == strip(watched[1])
     assert "step 2: no samples, the training goes on (RuntimeError: no sound card in hell)" in capsys.readouterr().out
 

@@ -390,7 +390,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_good_checkpoint(rows, tmp_path, 
             raise OSError(28, "No space left on device")
         real(model, folder)
 
-    monkeypatch.setattr(checkpoints, "save_weights", save)
+    monkeypatch.setattr(trainer, "save_weights", save)
     with pytest.raises(TrainingError, match="step 4 can not be written.*checkpoint-2"):
         train_model(model, processor, rows, rows, tmp_path, Recipe(6, save_every=2))
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
