@@ -52,6 +52,11 @@ class Run:
     params: dict
     inputs: dict
 
+    @property
+    def data(self) -> Path:
+        """Where tokens, trainings and speech are kept, for all runs of one runs_dir: data/ beside it."""
+        return resolve_path(self.params["runs_dir"]).parent / "data"
+
 
 # Inputs, code and their hash
 
@@ -221,6 +226,20 @@ def open_run(stage: str, namespace: dict) -> Run:
     torch.manual_seed(params["seed"])
     pd.set_option("display.max_colwidth", None, "display.max_rows", 300)  # a reason that is cut off is none
     return Run(stage, params["language"], folder, params, inputs)
+
+
+def note_used(run: Run, **kept) -> None:
+    """Record in run.json what a run used of what is kept: `note_used(run, tokens=path, training=path, spoken=[...])`.
+
+    Each is a path or a list of them, written relative to the project's root where it is below it. A later call adds to
+    what an earlier one wrote, so that a run that fails half way still says what it used.
+    """
+    record = read_json(run.dir / "run.json")
+    used = record.get("used", {})
+    for name, places in kept.items():
+        places = places if isinstance(places, list | tuple) else [places]
+        used[name] = list(dict.fromkeys([*used.get(name, []), *map(show_path, places)]))
+    write_json(run.dir / "run.json", record | {"used": used})
 
 
 def finish_run(run: Run, metrics: dict, verdict: str) -> None:
