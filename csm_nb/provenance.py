@@ -59,10 +59,12 @@ def hash_recordings(path: Path) -> str:
     return hash_value([hash_file(path), sizes])
 
 
-def hash_code(source: str, package: Path) -> str:
-    """Return a hash of `source`, the modules of `package` that it imports, transitively, and the package's data files.
+def hash_code(source: str, package: Path, given=(), unasked=()) -> str:
+    """Return a hash of `source`, the modules of `package` that it imports, transitively, and the data files of their rooms.
 
-    Comments and layout do not count. `%` and `!` lines of a notebook are left out.
+    Docstrings, comments and layout do not count, nor `%` and `!` lines of a notebook. `given` names rooms and modules that
+    are not followed, as what they make is hashed by its content elsewhere; `unasked` data files by their stem, such as the
+    sentences of languages that are not asked for.
     """
     lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
     trees = {"": ast.parse("\n".join(lines))}
@@ -70,13 +72,24 @@ def hash_code(source: str, package: Path) -> str:
     while waiting:
         place = waiting.pop()
         for name in _find_imports(trees[place], package, place) - trees.keys():
-            trees[name] = ast.parse(_find_module(package, name).read_text(encoding="utf-8"))
-            waiting.append(name)
-    data = [p for p in sorted(package.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc")]
+            if not any(name == out or name.startswith(f"{out}.") for out in given):
+                trees[name] = ast.parse(_find_module(package, name).read_text(encoding="utf-8"))
+                waiting.append(name)
+    rooms = {"", *(name.partition(".")[0] for name in trees)}
+    data = [p.relative_to(package) for p in sorted(package.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc")]
+    data = [p for p in data if (p.parts[0] if len(p.parts) > 1 else "") in rooms and p.stem not in unasked]
     return hash_value([
-        {name: ast.dump(tree) for name, tree in trees.items()},
-        {p.relative_to(package).as_posix(): hash_file(p) for p in data},
+        {name: ast.dump(_strip_docstrings(tree)) for name, tree in trees.items()},
+        {p.as_posix(): hash_file(package / p) for p in data},
     ])  # fmt: skip
+
+
+def _strip_docstrings(tree):
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return tree
 
 
 def _find_module(package, name):

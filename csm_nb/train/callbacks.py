@@ -1,12 +1,10 @@
-"""What a training says while it runs: a line every few steps, a figure that grows, probes spoken, metrics.jsonl, TensorBoard."""
+"""What a training says while it runs: a line every few steps, a figure that grows, probes spoken, TensorBoard."""
 
 import datetime
-import json
 import os
 import time
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from IPython import get_ipython
 from IPython.display import display
 from torch.utils.tensorboard import SummaryWriter
@@ -15,51 +13,21 @@ from transformers.integrations import TensorBoardCallback
 
 from csm_nb import audio
 from csm_nb.csm.attention import use_attention
+from csm_nb.recipe import Recipe
 from csm_nb.show import players, results
 from csm_nb.speak.generate import speak
+from csm_nb.train.trainer import plan_evaluations
 
 REDRAW = 2.0  # s; a figure drawn at every log of a fast training would be most of its time
 PARTS = ("loss", "backbone_loss", "depth_loss", "text_loss", "eval_loss", "grad_norm")
 
 
-class KeepPace(TrainerCallback):
-    """Asks the Trainer for a line of the log and a checkpoint by the clock, and for those at the steps `choices` with an
-    evaluation, whatever the time.
+def show_progress(recipe: Recipe) -> list[TrainerCallback]:
+    """Return what every training is given to say how it goes (train_model's `callbacks`): lines, figure, TensorBoard.
 
-    A checkpoint comes with a line, so that a resumed training's next line counts from there as well. None of it changes what
-    is learned: evaluations, by which a training may stop early, do not go by the clock. A training that stops early is saved
-    where it stopped. `log_seconds` and `save_minutes` of 0 leave the clock alone.
+    The trainer imports none of it, so that an edited line of the log trains nothing anew (place.place_training).
     """
-
-    def __init__(self, log_seconds: float, save_minutes: float, choices=()):
-        self.log_seconds, self.save_seconds, self.choices = log_seconds, 60 * save_minutes, set(choices)
-        self.logged = self.saved = self.began = time.monotonic()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = time.monotonic()
-        ahead = 2 * now - self.began  # when the next step is done, if it takes as long
-        due = [0 < self.log_seconds < ahead - self.logged, 0 < self.save_seconds < ahead - self.saved]
-        if args.world_size > 1:
-            due = broadcast_object_list(due)  # all processes do the same, by the clock of the first
-        chosen = state.global_step in self.choices
-        control.should_evaluate |= chosen
-        control.should_save |= chosen or due[1]
-        control.should_log |= due[0] or control.should_save
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        control.should_save |= control.should_training_stop
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logged = time.monotonic()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.logged = self.saved = time.monotonic()
+    return [PrintProgress(plan_evaluations(recipe)), WriteTensorBoard(), LiveFigure()]
 
 
 class PrintProgress(TrainerCallback):
@@ -93,18 +61,6 @@ class PrintProgress(TrainerCallback):
         evaluated = max((row["step"] for row in state.log_history if "eval_runtime" in row), default=0)
         to_come = sum(step > evaluated for step in self.evaluations)
         return steps + to_come * sum(took) / max(1, len(took))
-
-
-class WriteMetrics(TrainerCallback):
-    """Keeps <output_dir>/metrics.jsonl: one line a logged step, without what a killed run logged after its checkpoint."""
-
-    def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(".metrics.jsonl.part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")
-            os.replace(part, path)
 
 
 class LiveFigure(TrainerCallback):

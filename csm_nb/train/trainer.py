@@ -1,5 +1,6 @@
 """Training from stored codes: the loss with its scale right by construction, and the Trainer around packed rows."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -8,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import Timeout
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
+from csm_nb.claims import LEASE, hold, name_holder
 from csm_nb.device import has_fast_bfloat16
+from csm_nb.paths import show_path
 from csm_nb.provenance import read_json, write_json
 from csm_nb.recipe import Recipe, TrainingError
 from csm_nb.text.sentences import VALIDATION_CLIPS
 from csm_nb.train.batches import PackedRows, collate, pack_epoch, plan_rows, read_clips
-from csm_nb.train.callbacks import KeepPace, LiveFigure, PrintProgress, WriteMetrics, WriteTensorBoard
 from csm_nb.train.checkpoints import MARKER, list_checkpoints, load_weights, mark_complete, prune_checkpoints, save_weights
 from csm_nb.train.loss import compute_loss, find_text_targets, inner_model, prepare_model, restore_model
+from csm_nb.train.pace import KeepPace, WriteMetrics
 
 EXPLODED = 1.5  # times the first loss, or that of blind guessing if it is larger: no training that goes well is there
 
@@ -33,7 +37,7 @@ class CsmTrainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         self.guess = 2 * math.log(config.vocab_size)  # nats: both decoders choose evenly
         self.trained, self.validated = torch.zeros(6), {}  # sums of the loss's parts since the last log, and by held-out row
-        self.rows_of_step = []
+        self.rows_of_step, self.held = [], None  # the claim on output_dir
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The Trainer's own schedule begun one step later (its last_epoch is 0), as with a rate of 0 step 1 learns nothing."""
@@ -121,6 +125,9 @@ class CsmTrainer(Trainer):
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):
+        if self.held and self.held.compromise:
+            raise TrainingError(f"{show_path(self.args.output_dir)} was taken over at step {self.state.global_step}, as this "
+                                f"process gave no sign of life for {LEASE:.0f} s; run again: it takes what the other one leaves")
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -144,11 +151,22 @@ def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recip
     """Trains what is trainable in `model` on token rows and returns the loss history; `model` holds the trained weights.
 
     Goes on from the newest complete checkpoint in `out_dir`, if one is there, as if it had never stopped; a training that
-    stopped early (`patience`) stays stopped. Entries of the history are {"step", "loss", ...} and {"step", "eval_loss", ...}
+    stopped early (`patience`) stays stopped. It holds `out_dir` (claims.claim); where another process trains there, it waits
+    and takes what that one leaves. Entries of the history are {"step", "loss", ...} and {"step", "eval_loss", ...}
     (on a fixed draw of frames), with the parts of each decoder. The log also goes to out_dir/metrics.jsonl. Raises
     TrainingError when there is nothing to train on, the loss explodes or is no number, or a checkpoint can not be written.
     """
-    out_dir, device, done = Path(out_dir), next(model.parameters()).device.type, list_checkpoints(out_dir)
+    out_dir = Path(out_dir)
+    one, first = int(os.environ.get("WORLD_SIZE", 1)) == 1, int(os.environ.get("RANK", 0)) == 0
+    try:
+        with hold(out_dir, wait=one) if first else contextlib.nullcontext() as held:
+            return _train(model, processor, train_rows, valid_rows, out_dir, recipe, callbacks, held)
+    except Timeout as error:  # the other processes of this training would go on from what is there now
+        raise TrainingError(f"{name_holder(out_dir)} trains in {show_path(out_dir)}; stop it, or wait for its end") from error
+
+
+def _train(model, processor, train_rows, valid_rows, out_dir, recipe, callbacks, held):
+    device, done = next(model.parameters()).device.type, list_checkpoints(out_dir)
     config, rate = inner_model(model).config, inner_model(model).codec_model.config.frame_rate
     clips, held_out = (read_clips(rows, processor, recipe.max_tokens, rate, config.max_position_embeddings)
                        for rows in (train_rows, valid_rows))
@@ -164,16 +182,18 @@ def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recip
         model=prepare_model(model, recipe), args=arguments, recipe=recipe, frame_rate=rate,
         train_dataset=PackedRows(clips, plan, recipe.depth_ratio, recipe.seed),
         eval_dataset=PackedRows(held_out, plan_validation(held_out, recipe), recipe.depth_ratio, recipe.seed),
-        callbacks=[*stop_early, pace, PrintProgress(plan_evaluations(recipe)), WriteMetrics(), WriteTensorBoard(), LiveFigure(),
-                   *callbacks],
+        callbacks=[*stop_early, pace, WriteMetrics(), *callbacks],
     )
+    trainer.held = held
     trainer.remove_callback(PrinterCallback)
     if clips.set_aside and trainer.is_world_process_zero():
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "set_aside.json", clips.set_aside)
         print(f"{len(clips.set_aside)} clips are too long and set aside, all in set_aside.json:", *clips.set_aside[:5],
               sep="\n  ")
-    if done:
+    if done and done[-1][0] >= recipe.steps:
+        print(f"trained before: {done[-1][0]} steps, in {show_path(out_dir)}")
+    elif done:
         print(f"goes on from {done[-1][1].name}")
     try:
         trainer.train(resume_from_checkpoint=str(done[-1][1]) if done else None)
@@ -203,7 +223,7 @@ def plan_evaluations(recipe: Recipe) -> list[int]:
 
 def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
     """TrainingArguments of a recipe. Batches come in the plan's order; what is saved or logged when follows the length, and
-    the clock (callbacks.KeepPace). One device, unless launched with more processes (torchrun -m csm_nb.runs.launch)."""
+    the clock (pace.KeepPace). One device, unless launched with more processes (torchrun -m csm_nb.runs.launch)."""
     evaluate = recipe.eval_every or -(-recipe.steps // 3)
     arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed, data_seed=recipe.seed,

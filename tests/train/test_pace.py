@@ -13,7 +13,7 @@ from csm_nb.csm.adapters import add_adapter
 from csm_nb.csm.load import load_base
 from csm_nb.provenance import read_json
 from csm_nb.recipe import Recipe, TrainingError, read_recipe
-from csm_nb.train import callbacks
+from csm_nb.train import callbacks, pace
 from csm_nb.train.checkpoints import list_checkpoints
 from csm_nb.train.trainer import plan_choices, plan_evaluations, train_model
 
@@ -86,16 +86,16 @@ def test_checkpoints_to_choose_from_carry_a_held_out_loss_and_outlive_those_of_t
 @pytest.mark.parametrize(("seconds", "minutes", "asked", "most"), [(30, 0, "should_log", 30), (0, 10, "should_save", 600)])
 def test_lines_and_checkpoints_come_before_their_time_is_over(monkeypatch, seconds, minutes, asked, most):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    pace, args, times = callbacks.KeepPace(seconds, minutes, [1000]), SimpleNamespace(world_size=1), [0.0]
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    keeper, args, times = pace.KeepPace(seconds, minutes, [1000]), SimpleNamespace(world_size=1), [0.0]
     for step in range(1, 1000):
         control = SimpleNamespace(should_log=False, should_save=False, should_evaluate=False)
-        pace.on_step_begin(args, None, control)
+        keeper.on_step_begin(args, None, control)
         clock.now += 7.0
-        pace.on_step_end(args, SimpleNamespace(global_step=step), control)
+        keeper.on_step_end(args, SimpleNamespace(global_step=step), control)
         if getattr(control, asked):
             times.append(clock.now)
-            (pace.on_log if asked == "should_log" else pace.on_save)(args, None, control)
+            (keeper.on_log if asked == "should_log" else keeper.on_save)(args, None, control)
         assert not control.should_evaluate and control.should_save <= control.should_log
     gaps = {b - a for a, b in zip(times, times[1:], strict=False)}
     assert gaps == {most // 7 * 7}

@@ -33,6 +33,7 @@ def train(folder, recipe=RECIPE, every=None, texts=("Nei.", "Ja.")):
     torch.manual_seed(0)
     model = add_adapter(model, 4, 8, 0.1)
     watch = [] if every is None else [callbacks.SpeakSamples(model, processor, texts, "0", every, folder / "samples")]
+    watch = [*callbacks.show_progress(recipe), *watch]
     return train_model(model, processor, make_rows(), make_rows()[:1], folder / "training", recipe, watch)
 
 
@@ -92,7 +93,8 @@ def test_a_resumed_training_goes_on_in_tensorboard_and_speaks_only_what_it_did_n
     torch.manual_seed(0)
     model = add_adapter(model, 4, 8, 0.1)
     with pytest.raises(KeyboardInterrupt):
-        train_model(model, processor, make_rows(), make_rows()[:1], tmp_path / "training", RECIPE, [Stop()])
+        train_model(model, processor, make_rows(), make_rows()[:1], tmp_path / "training", RECIPE,
+                    [*callbacks.show_progress(RECIPE), Stop()])
     history = train(tmp_path, every=1)
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-3"]
     assert strip(history) == strip(watched[1])
