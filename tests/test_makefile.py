@@ -42,7 +42,7 @@ def test_a_variable_that_a_target_does_not_take_is_refused_with_the_nearest(word
 
 def test_the_environment_s_variables_do_not_matter():
     code, output = make("run", LANG="da_DK.UTF-8", LANGUAGE="da", LANGS="de", STAGE="x", FORCE="1", SET="seed=1")
-    options = parse_arguments(read_command(output, "run"))
+    options = parse_arguments(read_command(output, "runs"))
     assert code == 0 and (options.langs, options.profile, options.set, options.force) == (["no", "sv", "da"], "mini", {}, False)
 
 
@@ -50,7 +50,7 @@ def test_values_reach_the_runner_word_for_word():
     given = """codebooks=[1, 8] compare=["no", "da"] corpus_licence="it's free; `no` cost" """
     code, output = make("run", f"SET={given}", "AUDIO=a b/m.jsonl", "LANGS=da no", "FORCE=1", "JOBS=1", "PYTHON=python3")
     assert code == 0
-    options = parse_arguments(read_command(output, "run"))
+    options = parse_arguments(read_command(output, "runs"))
     assert options.set == {"codebooks": [1, 8], "compare": ["no", "da"], "corpus_licence": "it's free; `no` cost",
                            "audio": "a b/m.jsonl"}
     assert options.langs == ["da", "no"] and options.force and options.jobs == 1
