@@ -19,7 +19,7 @@ from csm_nb.runs.params import find_params, load_params, read_cell
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PROGRAMS = ("make", "python", "python3", "torchrun", "papermill", "tensorboard")
 MADE = ("runs", "data", "models/lora_", "models/full_", "models/csm-1b", "my/", "~", "/")  # by runs, or the reader's own
-FILE = re.compile(r"[\w.-]+\.(?:py|md|yaml|yml|toml|lock|cff|ipynb|jpg)")
+FILE = re.compile(r"[\w.-]+\.(?:py|md|yml|toml|lock|cff|jpg)")
 
 
 @cache
