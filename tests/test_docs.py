@@ -1,5 +1,7 @@
 """What README and docs/ name exists: make targets and variables, modules and their options, parameters, files, links, rooms."""
 
+import ast
+import importlib
 import os
 import re
 import shlex
@@ -168,3 +170,16 @@ def test_the_citation_can_be_read_and_the_licence_is_the_one_that_is_declared():
     assert f'version = "{citation["version"]}"' in project and f'license = "{citation["license"]}"' in project
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_the_readme_s_example_uses_names_that_are_there():
+    example = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    tree = ast.parse(example)
+    modules = {}
+    for node in (node for node in tree.body if isinstance(node, ast.ImportFrom)):
+        for name in (alias.name for alias in node.names):
+            found = getattr(importlib.import_module(node.module), name, None)
+            modules[name] = found or importlib.import_module(f"{node.module}.{name}")
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used = [node for node in used if node.value.id in modules]
+    assert used and all(hasattr(modules[node.value.id], node.attr) for node in used)
