@@ -1,7 +1,8 @@
-"""What README and docs/ name exists: make targets and variables, modules and their options, parameters, files, links, rooms."""
+"""What README, docs/, cards and notebooks name exists: targets of make, modules and options, parameters, files, rooms."""
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -18,7 +19,8 @@ from csm_nb.recipe import ParameterError, Recipe
 from csm_nb.runs.__main__ import parse_arguments
 from csm_nb.runs.params import find_params, load_params, read_cell
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("models/*-mini/README.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROGRAMS = ("make", "python", "python3", "torchrun", "papermill", "tensorboard")
 MADE = ("runs", "data", "models/lora_", "models/full_", "models/csm-1b", "my/", "~", "/")  # by runs, or the reader's own
 FILE = re.compile(r"[\w.-]+\.(?:py|md|yml|toml|lock|cff|jpg)")
@@ -91,8 +93,11 @@ def find_fault_of_word(word):
     if pair := re.fullmatch(r"([A-Z]{3,})=.*", word):
         return "" if re.search(rf"^{pair[1]}\s*\??=", (ROOT / "Makefile").read_text(), re.M) else f"no variable {pair[1]}"
     if re.fullmatch(r"csm_nb(\.\w+)+", word):
-        place = word.replace(".", "/")
-        return "" if (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file() else f"no module {word}"
+        place, _, last = word.replace(".", "/").rpartition("/")
+        found = (ROOT / place / last).is_dir() or (ROOT / place / f"{last}.py").is_file()
+        path = ROOT / f"{place}.py"  # of a function
+        found = found or path.is_file() and re.search(rf"^(def|class) {last}\b", path.read_text(encoding="utf-8"), re.M)
+        return "" if found else f"no module {word}"
     if word.startswith(MADE) or "<" in word or "{" in word or " " in word:
         return ""
     if FILE.fullmatch(word):
@@ -115,9 +120,16 @@ def find_faults(text, folder=ROOT):
     return [fault for fault in faults if fault]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_exists(page):
     assert find_faults(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_what_a_notebook_s_prose_names_exists(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    prose = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert find_faults(prose, notebook.parent) == []
 
 
 @pytest.mark.parametrize(("text", "fault"), [
@@ -138,6 +150,7 @@ def test_what_a_page_names_exists(page):
     ("with `CORPSU=my`", "no variable CORPSU"),
     ("in `csm_nb/prove.py`", "no csm_nb/prove.py"),
     ("in `csm_nb.prove`", "no module csm_nb.prove"),
+    ("by `csm_nb.csm.load_base`", "no module csm_nb.csm.load_base"),
     ("in `prove.py`", "no file prove.py"),
     ("in `train/prove.py`", "no train/prove.py"),
     ("all `models/*-midi/README.md`", "nothing is named"),
@@ -149,7 +162,8 @@ def test_a_name_that_is_stale_is_found(text, fault):
 
 @pytest.mark.parametrize("text", [
     "`runs/da/00_mimi_sanity`", "`data/tokens/<fingerprint>/`", "`models/lora_da`", "`kyutai/mimi`", "`owner/name`", "`rank`",
-    "`make run LANGS=da SET='rank=32'`", "`method=full`", "`train/loss.py`", "`loss.py`", "`notebooks/`", "`models/*-mini`",
+    "`make run LANGS=da SET='rank=32'`", "`method=full`", "`csm_nb.csm.load.load_base`",
+    "`train/loss.py`", "`loss.py`", "`notebooks/`", "`models/*-mini`",
 ])  # fmt: skip
 def test_what_is_there_or_made_by_runs_is_no_fault(text):
     assert find_faults(text) == []
