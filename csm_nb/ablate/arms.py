@@ -185,12 +185,12 @@ def _plan_stages(arm, language, seed, params, changed, shared):
     """The tasks of one training; `shared` holds those of other arms by what they do and what they go on from."""
     root = Path(params[JUDGING]["runs_dir"]) / "ablate"
     places = {"runs_dir": str(root / "runs"), "adapters_dir": str(root / "models" / name_folder(arm.name) / f"seed-{seed}")}
-    tasks, before, done = {}, [], ""
+    tasks, before, key = {}, [], ""
     for stage, own in (*changed.items(), (JUDGING, {"method": arm.method, "compare": [language]})):
         own = own if stage == JUDGING else own | {"seed": seed}
         checked = check_params(stage, params[stage] | places | own)
-        done = hash_value([done, language, stage, checked])
-        tasks[stage] = shared.setdefault(done, Task(language, stage, checked, before, arm=f"{arm.name}, seed {seed}"))
+        key = hash_value([key, language, stage, checked])
+        tasks[stage] = shared.setdefault(key, Task(language, stage, checked, before, arm=f"{arm.name}, seed {seed}"))
         before = [tasks[stage]]
     return tasks
 

@@ -26,7 +26,8 @@ CERS = {"LoRA": [0.4, 0.5, 0.6], "LoRA + text": [0.3, 0.5, 0.4], "LoRA + text, l
         "LoRA + text, lr x2": [0.9, 0.8, 0.9], "full": [0.3, 0.4, 0.2], "full, lr x0.5": [0.3, 0.3, 0.3],
         "full, lr x2": [0.5, 0.5, 0.5], "without anchor": [0.3, 0.5, 0.5], "without synthetic": [0.7, 0.8, 0.9],
         "data 1/8": [0.6, 0.6, 0.6], "data 1/4": [0.5, 0.5, 0.5], "data 1/2": [0.4, 0.5, 0.4]}
-LOSSES = {"LoRA + text, lr x0.5": 4.6, "full, lr x0.5": 4.4}  # after 03; of all others 4.5
+# After 03; of all others 4.5. The rate is chosen by the seed that all of a grid have, so seed 2 does not count
+LOSSES = {"LoRA + text, lr x0.5": 4.6, "full, lr x0.5": 4.4, "full, seed 2": 4.0}
 
 
 def leave_results(folder, task):
@@ -45,7 +46,7 @@ def leave_results(folder, task):
         for place in (folder / "adapter", *([Path(params["adapters_dir"]) / name] if task.stage == ADAPTER else [])):
             place.mkdir(parents=True, exist_ok=True)
             (place / recipe.TRAINED[params["method"]]).write_text(json.dumps([task.stage, params]))
-    metrics = {"last_loss": LOSSES.get(arm, 4.5), "trained_parameters_m": 0.97, "verdict": "learned"}
+    metrics = {"last_loss": LOSSES.get(task.arm, LOSSES.get(arm, 4.5)), "trained_parameters_m": 0.97, "verdict": "learned"}
     if task.stage in STEPS:
         metrics["trained_steps"] = params[STEPS[task.stage]]
     write_json(folder / "metrics.json", metrics)
@@ -228,15 +229,15 @@ def test_each_arm_is_reported_over_held_out_sentences_against_the_reference(runn
 
 
 def test_a_seed_that_fails_is_said_and_the_grid_is_compared_on_the_seed_that_it_has(runner, tmp_path, capsys):
-    runner.failing.add(("full, seed 2", ADAPTER))
-    assert __main__.main([*runner.arguments, "--seeds", "1", "2", "--arms", *NAMES[:7]]) == 1
+    runner.failing.add(("full, seed 3", ADAPTER))
+    assert __main__.main([*runner.arguments, "--seeds", "1", "2", "3", "--arms", *NAMES[1:7]]) == 1
     table = pd.read_csv(tmp_path / "ablate" / "no" / "ablation.csv").set_index("model")
-    assert list(table.index) == ["reference", "base", *NAMES[:7]]
-    assert list(table.seeds[NAMES[:7]]) == [2, 2, 1, 1, 1, 1, 1]
-    assert table.state["full"].startswith(f"1 of 2 seeds failed: {ADAPTER} failed, see {tmp_path}")
+    assert list(table.index) == ["reference", "base", *NAMES[1:7]]
+    assert list(table.seeds[NAMES[1:7]]) == [3, 1, 1, 2, 1, 1]
+    assert table.state["full"].startswith(f"1 of 3 seeds failed: {ADAPTER} failed, see {tmp_path}")
     assert list(table.index[table["best rate"]]) == [REFERENCE, "full, lr x0.5"]
     said, page = capsys.readouterr().out, (tmp_path / "ablate" / "no" / "ablation.md").read_text()
-    assert "| full (1 of 2 seeds failed)" in said and "2 trainings per arm (seeds 1, 2), one at the other" in page
+    assert "| full (1 of 3 seeds failed)" in said and "3 trainings per arm (seeds 1, 2, 3), one at the other" in page
 
 
 ALL = {(name, stage) for name in NAMES for stage in STEPS}
