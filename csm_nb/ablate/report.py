@@ -44,14 +44,17 @@ def draw_ablation(table: pd.DataFrame, title: str = ""):
         ax.grid(False, axis="y")
     axes[0].set_yticks(range(len(table)), table.model)
     axes[0].invert_yaxis()
-    counts = sorted(set(table.sentences.dropna().astype(int))) if "sentences" in table else []
-    count = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "no"
-    seeds = int(table.seeds.max()) if "seeds" in table else 0
-    figure.supxlabel(f"n = {count} held-out sentences, {seeds} seed{'s' * (seeds != 1)}; whiskers: 95 % interval over both; "
-                     f"dashed: {REFERENCE}", fontsize=8.5, color=INK)
+    trained = table[~table.model.isin(UNTRAINED)]
+    figure.supxlabel(f"held-out sentences: {_write_range(trained, 'sentences')}, seeds: {_write_range(trained, 'seeds')}; "
+                     f"whiskers: 95 % interval over both; dashed: {REFERENCE}", fontsize=8.5, color=INK)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
+
+
+def _write_range(table, name):
+    counts = table[name].dropna().astype(int) if name in table else []
+    return " to ".join(map(str, dict.fromkeys([min(counts), max(counts)]))) if len(counts) else "none"
 
 
 def describe_rates(table: pd.DataFrame) -> str:
