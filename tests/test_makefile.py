@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from csm_nb.ablate import __main__ as ablate
 from csm_nb.runs.__main__ import parse_arguments
 
 
@@ -54,6 +55,12 @@ def test_values_reach_the_runner_word_for_word():
     assert options.set == {"codebooks": [1, 8], "compare": ["no", "da"], "corpus_licence": "it's free; `no` cost",
                            "audio": "a b/m.jsonl"}
     assert options.langs == ["da", "no"] and options.force and options.jobs == 1
+
+
+def test_seeds_reach_the_ablation():
+    code, output = make("ablate", "SEEDS=0 1 2", "LANGS=no", "SET=sentences=8")
+    options = ablate.parse_arguments(read_command(output, "ablate"))
+    assert code == 0 and (options.langs, options.seeds, options.set) == (["no"], [0, 1, 2], {"sentences": 8})
 
 
 @pytest.mark.parametrize("words", [["help"], ["run", "ablate", "LANGS=da"], ["test"], ["lab", "LAB=--no-browser"], ["clean"]])
