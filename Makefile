@@ -6,6 +6,7 @@ STAGES   =
 AUDIO    =
 CORPUS   =
 JOBS     =
+SEEDS    =
 SET      =
 FORCE    =
 EXTRAS   =
@@ -30,7 +31,7 @@ STAMP := $(ENV)/.csm-nb-setup
 TAKES_help   := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE EXTRAS LAB
 TAKES_run    := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE
 TAKES_models := LANGS PROFILE STAGES
-TAKES_ablate := LANGS PROFILE CORPUS JOBS SET
+TAKES_ablate := LANGS PROFILE CORPUS JOBS SEEDS SET
 TAKES_lab    := LAB
 TAKES_setup  := EXTRAS
 ALWAYS       := PYTHON CONDA_DEFAULT_ENV CONDA_PREFIX SHELL MAKE MAKEFLAGS MFLAGS MAKEFILES
@@ -55,7 +56,7 @@ INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config ge
 help:
 	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...' FORCE=1"
 	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
-	@echo "make ablate  the same with one thing changed at a time, at equal compute; LANGS PROFILE CORPUS JOBS SET as above"
+	@echo "make ablate  the same with one thing changed at a time, at equal compute; SEEDS='0 1 2', LANGS PROFILE CORPUS JOBS SET as above"
 	@echo "make test    run every test"
 	@echo "make lab     open the notebooks in JupyterLab; LAB='--no-browser ...' for its options"
 	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
@@ -72,7 +73,8 @@ models: $(STAMP)
 
 ablate: $(STAMP)
 	@$(PY) -m csm_nb.ablate --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) \
-	  $(if $(CORPUS),--corpus $(call quote,$(CORPUS))) $(if $(JOBS),--jobs $(call each,$(JOBS))) $(if $(SET),--set $(call quote,$(SET)))
+	  $(if $(SEEDS),--seeds $(call each,$(SEEDS))) $(if $(CORPUS),--corpus $(call quote,$(CORPUS))) \
+	  $(if $(JOBS),--jobs $(call each,$(JOBS))) $(if $(SET),--set $(call quote,$(SET)))
 
 test: $(STAMP)
 	$(PY) -m pytest

@@ -2,7 +2,7 @@
 
     python bench/codec.py --seconds 10 --batches 1 8 32 --threads 2
 
-prints a line for each: seconds of audio encoded and decoded a second, both over the first line's, and how long measuring
+prints one line for each: seconds of audio encoded and decoded per second, both over the first line's, and how long measuring
 and compiling took. On a GPU where there is one as well.
 """
 
@@ -35,7 +35,7 @@ def make_codecs(device: str) -> dict:
 
 
 def measure_codec(codec, batch: int, frames: int, codebooks: int, compiled: bool) -> tuple[list[float], str]:
-    """Return seconds of audio encoded and decoded a second, `batch` clips of `frames` at once, and a note.
+    """Return seconds of audio encoded and decoded per second, `batch` clips of `frames` at once, and a note.
 
     Where one of them fails, which a compiler may, it is missing and the note says why.
     """
@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="clips in a batch")
     parser.add_argument("--codebooks", type=int, default=32)
     parser.add_argument("--threads", type=int, help="threads on the CPU; default torch's own choice")
-    parser.add_argument("--no-compile", action="store_true", help="eager alone: compiling takes a minute a line and more")
+    parser.add_argument("--no-compile", action="store_true", help="eager alone: compiling takes a minute per line and more")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch._logging.set_logs(all=logging.ERROR)

@@ -29,7 +29,7 @@ from csm_nb.mini.base import CHAT_TEMPLATE
 from csm_nb.text.sentences import make_sentences
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>")  # ids 128000 to 128003, as in CSM-1B
-PIECES = 2_500  # few, as there are few words to learn from: 2.5 to 3.5 characters a token, as Llama's in these languages
+PIECES = 2_500  # few, as there are few words to learn from: 2.5 to 3.5 characters per token, as Llama's in these languages
 
 
 def build_processor(config: CsmConfig) -> CsmProcessor:

@@ -1,10 +1,8 @@
-"""How many times faster than real time prosody is measured on one core: python bench/prosody.py [repeats]."""
+"""How many times faster than real time prosody is measured on one core: python bench/prosody.py [repeats] [manifest.jsonl]."""
 
-import json
 import os
 import sys
 import time
-from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -12,23 +10,23 @@ import numpy as np
 import torch
 
 from csm_nb.audio import SAMPLE_RATE, read_audio
+from csm_nb.manifest import read_manifest
 from csm_nb.prosody.f0 import METHODS, ProsodyError, compare_clip, find_pitch_range, track_f0
 from csm_nb.prosody.quality import measure_cpp, measure_irregularity, measure_low_band, track_voice
 from csm_nb.prosody.turns import find_turns
 from csm_nb.synth.espeak import VOICES, speak_text
 from csm_nb.text.sentences import make_sentences
 
-SPEECH = Path(__file__).resolve().parents[2] / "shared" / "speech"
 
-
-def gather_clips() -> dict[str, list]:
-    """Return the clips to measure by what they are: espeak-ng in a low and a high voice, and recordings if they are there."""
+def gather_clips(manifest: str = "") -> dict[str, list]:
+    """Return the clips to measure by what they are: espeak-ng in a low and a high voice, and of a manifest's recordings
+    every twentieth that is longer than half a second."""
     texts = make_sentences("no", 8, 0, "test")
     clips = {f"espeak-ng {name}": [speak_text(text, "no", voice) for text in texts]
              for name, voice in (("low", VOICES[0]), ("high", VOICES[1]))}  # fmt: skip
-    if SPEECH.is_dir():
-        rows = [json.loads(line) for line in (SPEECH / "manifest.jsonl").read_text().splitlines()]
-        clips["recordings"] = [read_audio(SPEECH / row["audio_path"]) for row in rows if row["duration"] > 0.5][::20]
+    if manifest:
+        wavs = [read_audio(row["audio_path"]) for row in read_manifest(manifest)]
+        clips["recordings"] = [wav for wav in wavs if len(wav) > 0.5 * SAMPLE_RATE][::20]
     return clips
 
 
@@ -64,10 +62,10 @@ def time_parts(wavs, repeats: int) -> dict[str, float]:
     return figures
 
 
-def main(repeats: int) -> None:
-    """Print the table: a row a part, a column a kind of clips."""
+def main(repeats: int, manifest: str) -> None:
+    """Print the table: one row per part, one column per kind of clips."""
     torch.set_num_threads(1)
-    clips = gather_clips()
+    clips = gather_clips(manifest)
     columns = {name: time_parts(wavs, repeats) for name, wavs in clips.items()}
     kinds = [f"{name} ({sum(map(len, wavs)) / SAMPLE_RATE:.0f} s)" for name, wavs in clips.items()]
     print(f"{'x real time, one core':28}" + "".join(f"{kind:>24}" for kind in kinds))
@@ -76,4 +74,4 @@ def main(repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2] if len(sys.argv) > 2 else "")

@@ -47,12 +47,12 @@ from csm_nb.train.trainer import train_model
 
 VARIANTS = ("ours", "stock", "stock_ratio", "stock_longest", "ours_all")
 COLUMNS = "{:<15}{:>9}{:>8}{:>10}{:>9}{:>9}{:>8}{:>9}  {}"
-RATE, FRAME = 24_000, 1920  # samples a second, samples a frame of codes
-SECONDS, CHARACTERS = (2.0, 12.0), 15  # length of a clip; of its text, a second
+RATE, FRAME = 24_000, 1920  # samples per second, samples per frame of codes
+SECONDS, CHARACTERS = (2.0, 12.0), 15  # length of a clip; of its text, per second
 BATCH, ACCUMULATE, PADDED = 2, 4, 256  # of the notebook
 RATIO = 1 / 16
 WARM_UP = 1  # steps
-GFLOP_POSITION, GFLOP_FRAME = 4.0, 14.8  # counted on the shape: a backbone position, a frame of the depth decoder
+GFLOP_POSITION, GFLOP_FRAME = 4.0, 14.8  # counted on the shape: per backbone position, per frame of the depth decoder
 PEAK = 989e3  # GFLOP/s of an H100 or H200, dense, bfloat16
 
 

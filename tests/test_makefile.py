@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from csm_nb.ablate import __main__ as ablate
 from csm_nb.runs.__main__ import parse_arguments
 
 
@@ -42,7 +43,7 @@ def test_a_variable_that_a_target_does_not_take_is_refused_with_the_nearest(word
 
 def test_the_environment_s_variables_do_not_matter():
     code, output = make("run", LANG="da_DK.UTF-8", LANGUAGE="da", LANGS="de", STAGE="x", FORCE="1", SET="seed=1")
-    options = parse_arguments(read_command(output, "run"))
+    options = parse_arguments(read_command(output, "runs"))
     assert code == 0 and (options.langs, options.profile, options.set, options.force) == (["no", "sv", "da"], "mini", {}, False)
 
 
@@ -50,10 +51,16 @@ def test_values_reach_the_runner_word_for_word():
     given = """codebooks=[1, 8] compare=["no", "da"] corpus_licence="it's free; `no` cost" """
     code, output = make("run", f"SET={given}", "AUDIO=a b/m.jsonl", "LANGS=da no", "FORCE=1", "JOBS=1", "PYTHON=python3")
     assert code == 0
-    options = parse_arguments(read_command(output, "run"))
+    options = parse_arguments(read_command(output, "runs"))
     assert options.set == {"codebooks": [1, 8], "compare": ["no", "da"], "corpus_licence": "it's free; `no` cost",
                            "audio": "a b/m.jsonl"}
     assert options.langs == ["da", "no"] and options.force and options.jobs == 1
+
+
+def test_seeds_reach_the_ablation():
+    code, output = make("ablate", "SEEDS=0 1 2", "LANGS=no", "SET=sentences=8")
+    options = ablate.parse_arguments(read_command(output, "ablate"))
+    assert code == 0 and (options.langs, options.seeds, options.set) == (["no"], [0, 1, 2], {"sentences": 8})
 
 
 @pytest.mark.parametrize("words", [["help"], ["run", "ablate", "LANGS=da"], ["test"], ["lab", "LAB=--no-browser"], ["clean"]])

@@ -1,16 +1,15 @@
-"""The arms of an ablation: the workbook with one thing changed at a time, at equal compute, each trained once per seed.
+"""The arms of an ablation: the workbook with one thing changed at a time, at equal compute, trained once per seed.
 
 Arms are compared by the last checkpoint of every stage (`choice=last`): a chosen one would compare the draw of the choice.
+A stage of an arm is a task of csm_nb.runs with other parameters. Arms that have a stage in common share its task.
 """
 
 import math
 import re
-import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import CsmConfig, CsmForConditionalGeneration
 
 from csm_nb.corpora.sources import load_corpus
@@ -18,52 +17,96 @@ from csm_nb.csm.adapters import add_adapter
 from csm_nb.hub import fetch_model
 from csm_nb.manifest import CorpusError
 from csm_nb.paths import STAGES, resolve_path
-from csm_nb.recipe import ParameterError
-from csm_nb.runs import chain
+from csm_nb.provenance import hash_value
+from csm_nb.recipe import ParameterError, suggest
+from csm_nb.runs.chain import Task, plan_tasks
 from csm_nb.runs.params import check_params
 
 ANCHOR, SYNTHETIC, ADAPTER, JUDGING = STAGES[1:5]
+# What the stages call the parameters that an arm sets
 STEPS = {ANCHOR: "anchor_steps", SYNTHETIC: "synthetic_steps", ADAPTER: "adapter_steps"}
+RATES = {ANCHOR: "lr", SYNTHETIC: "lr", ADAPTER: "adapter_lr"}
+CLIPS = {SYNTHETIC: "synthetic_clips", ADAPTER: "corpus_clips"}
+SET_BY_ARMS = ("language", "method", "train_text", "init_adapter", "adapters_dir", "compare", "choice")
+
 FROZEN, TRAINED = 4, 6  # FLOPs of a step by weight and position: 2 forward, 2 back to the activations, 2 to a trained weight
 FULL_LR = 0.2  # of LoRA's learning rate: what moves every weight moves the model further
 GRID = (1.0, 0.5, 2.0)  # times the learning rates, for LoRA as for full: none is judged at a rate that suits the other
 SHARES = (8, 4, 2)  # the corpus is divided by these: what more of it brings
 REFERENCE = "LoRA + text"  # the arm that the others are compared with
 SENTENCES = 24  # held-out sentences that an arm is judged by; 8 leave intervals that hide everything
-SET_BY_ARMS = ("language", "method", "train_text", "init_adapter", "adapters_dir", "compare", "choice")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm changes. `rate` multiplies the learning rates, `share` divides the clips of 02 and 03.
+
+    The stage `without` is left out, and its steps go to the next one. `once`: trained with the first seed only.
+    """
+
+    name: str
+    method: str = "lora"
+    train_text: bool = True
+    rate: float = 1.0
+    share: int = 1
+    without: str = ""
+    once: bool = False
+
+
+def name_rate(arm: str, factor: float) -> str:
+    """Return the name of an arm at a learning rate of the grid: "full, lr x0.5"; at 1 the arm's own."""
+    return arm if factor == 1 else f"{arm}, lr x{factor:g}"
+
+
+def name_folder(arm: str) -> str:
+    """Return an arm's name as that of a folder: "LoRA + text, lr x0.5" is lora_text_lr_x0_5."""
+    return re.sub(r"\W+", "_", arm.lower())
+
+
+ARMS = (
+    Arm("LoRA", train_text=False),
+    *(Arm(name_rate(REFERENCE, factor), rate=factor, once=factor != 1) for factor in GRID),
+    *(Arm(name_rate("full", factor), method="full", rate=FULL_LR * factor, once=factor != 1) for factor in GRID),
+    Arm("without anchor", without=ANCHOR),
+    Arm("without synthetic", without=SYNTHETIC),
+    *(Arm(f"data 1/{share}", share=share) for share in SHARES),
+)
 
 
 @dataclass
-class Work:
-    """One training of one arm and language: its calls of csm_nb.runs, one after the other, and the runs that they made.
+class Training:
+    """One training of one arm in one language: its tasks by stage, the judging last.
 
-    A call is (stages, overrides); `params` are each stage's parameters before any arm changed them; `cost` is what a step
-    costs, 1 with LoRA.
+    `params` are each stage's parameters before any arm changed them; `cost` is what a step costs, 1 with LoRA; `fault` says
+    why its results can not be read, if so.
     """
 
     arm: str
     language: str
     seed: int
-    calls: list
-    params: dict
     cost: float
-    log: Path
-    runs: dict[str, Path] = field(default_factory=dict)
-    at: int = 0
-    state: str = "waiting"
-    process: subprocess.Popen | None = None
-    started: float = 0.0
+    params: dict
+    tasks: dict[str, Task]
+    fault: str = ""
 
     def __str__(self):
-        return f"{self.language} {self.arm:<17} seed {self.seed}"
+        return f"{self.language} {self.arm}, seed {self.seed}"
+
+    @property
+    def state(self) -> str:
+        """Return "done", or "failed: " and what to look at."""
+        broken = next((task for task in self.tasks.values() if task.state != "done"), None)
+        if broken:
+            return f"failed: {broken.stage} {broken.state}, see {broken.note}"
+        return f"failed: {self.fault}" if self.fault else "done"
 
 
 def compare_costs(params: dict) -> float:
     """Return what a step of full fine-tuning costs in FLOPs, where a step of LoRA costs 1.
 
-    A frozen weight costs 4 FLOPs a position (2 forward, 2 back to the activations), a trained one 2 more. So full
+    A frozen weight costs 4 FLOPs per position (2 forward, 2 back to the activations), a trained one 2 more. So full
     fine-tuning costs 1.5 where the adapter is small; the miniature's has a quarter of the weights that it adapts, and costs
-    as well. Weights are counted on the model's shape, the depth decoder's by its positions a frame. Embeddings are looked
+    as well. Weights are counted on the model's shape, the depth decoder's by its positions per frame. Embeddings are looked
     up, not multiplied; attention's scores and recomputation are left out. Raises hub.ModelError.
     """
     config = CsmConfig.from_pretrained(fetch_model(params["base_model"]))
@@ -77,74 +120,79 @@ def compare_costs(params: dict) -> float:
             weights = module.weight.numel() * (depth if "depth_decoder" in name else 1)
             lora += weights * (TRAINED if "lora_" in name else FROZEN)
             full += weights * (0 if "lora_" in name else TRAINED)
-    head = model.get_base_model().depth_decoder.codebooks_head.weight[0].numel() * depth  # one of its matrices a position
+    head = model.get_base_model().depth_decoder.codebooks_head.weight[0].numel() * depth  # one of its matrices per position
     return (full + TRAINED * head) / (lora + FROZEN * head)
 
 
-def name_rate(arm: str, factor: float) -> str:
-    """Return the name of an arm at a learning rate of the grid: "full, lr x0.5"; at 1 the arm's own."""
-    return arm if factor == 1 else f"{arm}, lr x{factor:g}"
+def plan_arm(arm: Arm, params: dict, cost: float) -> dict[str, dict]:
+    """Return {stage: the parameters that the arm sets there}, the stages that train, in their order.
 
-
-def plan_arms(params: dict, cost: float = TRAINED / FROZEN, seed: int = 0) -> dict[str, list]:
-    """Return {arm: [(stages, overrides), ...]}, calls of csm_nb.runs that train with `seed` and all cost as many FLOPs.
-
-    `params` are the steps, learning rates and clips of 01 to 03, `cost` is what compare_costs says: by so much less are the
-    steps of full fine-tuning. LoRA + text and full each have a grid of learning rates. An arm without a stage gives its
-    steps to the next one. An arm of less data has a share of the clips of 02 and 03, and all the steps. The last call of
-    each judges: it has the same seed, so the same sentences, in every arm and for every seed of the training.
+    `params` are those of the stages without an arm, `cost` is what compare_costs says: by so much less are the steps of full
+    fine-tuning, so that all arms cost as many FLOPs. An arm of less data has all the steps.
     """
-    anchor, synthetic, adapter = (params[key] for key in STEPS.values())
-    stages, text = (ANCHOR, SYNTHETIC, ADAPTER), {"method": "lora", "train_text": True}
-    full = text | {"method": "full"} | {key: max(1, round(params[key] / cost)) for key in STEPS.values()}
-    arms = {"LoRA": [(stages, text | {"train_text": False})]}
-    for arm, own, scale in ((REFERENCE, text, 1.0), ("full", full, FULL_LR)):
-        for factor in GRID:
-            rates = {key: float(f"{params[key] * scale * factor:.3g}") for key in ("lr", "adapter_lr")}
-            arms[name_rate(arm, factor)] = [(stages, own | ({} if scale * factor == 1 else rates))]
-    arms["without anchor"] = [  # two calls: 02 and 03 take what they go on from by the same name
-        ((SYNTHETIC,), text | {"init_adapter": "", "synthetic_steps": anchor + synthetic}),
-        ((ADAPTER,), text | {"init_adapter": SYNTHETIC}),
-    ]
-    arms["without synthetic"] = [((ANCHOR, ADAPTER), text | {"init_adapter": ANCHOR, "adapter_steps": synthetic + adapter})]
-    for share in SHARES:
-        clips = {key: math.ceil(params[key] / share) for key in ("synthetic_clips", "corpus_clips")}
-        arms[f"data 1/{share}"] = [(stages, text | clips)]
-    return {
-        arm: [*((names, own | {"choice": "last", "seed": seed}) for names, own in calls),
-              ((JUDGING,), {"method": calls[0][1]["method"]})]
-        for arm, calls in arms.items()
-    }
+    steps = {stage: params[stage][key] for stage, key in STEPS.items()}
+    if arm.without:
+        left = list(steps)
+        steps[left[left.index(arm.without) + 1]] += steps.pop(arm.without)
+    changed, before = {}, ""
+    for stage, count in steps.items():
+        own = {"method": arm.method, "train_text": arm.train_text, "choice": "last", "init_adapter": before}
+        own[STEPS[stage]] = max(1, round(count / cost)) if arm.method == "full" else count
+        if arm.rate != 1:
+            own[RATES[stage]] = float(f"{params[stage][RATES[stage]] * arm.rate:.3g}")
+        if stage in CLIPS:
+            own[CLIPS[stage]] = math.ceil(params[stage][CLIPS[stage]] / arm.share)
+        changed[stage], before = own, stage
+    return changed
 
 
-def plan_works(languages, profile: str = "mini", overrides: dict | None = None, seeds=()) -> list[Work]:
-    """Return one work per language, arm and seed, every parameter of every call checked before anything starts.
+def plan_trainings(languages, profile: str = "mini", overrides: dict | None = None, seeds=(), names=()) -> list[Training]:
+    """Return the trainings by language, seed and arm, every parameter of every task checked before anything starts.
 
-    `seeds` are those of the trainings, by default one, the profile's. `overrides` hold for all arms; `sentences` is 24
-    without one, `seed` is that of the judging. Raises ParameterError, also for what the arms set themselves.
+    `seeds` are those of the trainings, by default one, the profile's; `names` are the arms, by default all. `overrides` hold
+    for all arms; `sentences` is 24 without one, `seed` is that of the judging: its sentences are the same for every arm and
+    seed. Raises ParameterError, also for what the arms set themselves, and hub.ModelError.
     """
     overrides = {"sentences": SENTENCES} | (overrides or {})
     for key in SET_BY_ARMS:
         if key in overrides:
             raise ParameterError(f"command line: {key} is set by the arms (language by --langs), not by --set")
-    works = []
+    arms = choose_arms(names)
+    trainings, shared = [], {}
     for language in dict.fromkeys(languages):
-        tasks = chain.plan_tasks([language], [*STEPS, JUDGING], profile, overrides)
-        params = {task.stage: task.params for task in tasks}
-        root, cost = Path(params[JUDGING]["runs_dir"]) / "ablate", compare_costs(params[ADAPTER])
-        sizes = params[ANCHOR] | params[SYNTHETIC] | params[ADAPTER]
-        sizes["corpus_clips"] = count_corpus(params[ADAPTER])
-        for seed in dict.fromkeys(seeds or [params[JUDGING]["seed"]]):
-            for arm, calls in plan_arms(sizes, cost, seed).items():
-                place = root / re.sub(r"\W+", "_", arm.lower()) / f"seed-{seed}"
-                own = overrides | {"runs_dir": str(place), "adapters_dir": str(place / "models"), "compare": [language]}
-                calls = [(stages, own | changed) for stages, changed in calls]
-                for stages, changed in calls:
-                    for stage in stages:
-                        check_params(stage, params[stage] | changed)
-                step = cost if calls[0][1]["method"] == "full" else 1.0
-                works.append(Work(arm, language, seed, calls, params, step, resolve_path(place) / f"{language}.log"))
-    return works
+        params = {task.stage: task.params for task in plan_tasks([language], [*STEPS, JUDGING], profile, overrides)}
+        params[ADAPTER]["corpus_clips"] = count_corpus(params[ADAPTER])
+        cost = compare_costs(params[ADAPTER])
+        for n, seed in enumerate(dict.fromkeys(seeds or [params[JUDGING]["seed"]])):
+            for arm in arms:
+                if n == 0 or not arm.once:
+                    tasks = _plan_stages(arm, language, seed, params, plan_arm(arm, params, cost), shared)
+                    step = cost if arm.method == "full" else 1.0
+                    trainings.append(Training(arm.name, language, seed, step, params, tasks))
+    return trainings
+
+
+def choose_arms(names=()) -> list[Arm]:
+    """Return the arms of these names in their own order, all for none. Raises ParameterError for an unknown name."""
+    known = [arm.name for arm in ARMS]
+    for name in names:
+        if name not in known:
+            raise ParameterError(f"no arm {name!r}{suggest(name, known)} The arms are {'; '.join(known)}")
+    return [arm for arm in ARMS if not names or arm.name in names]
+
+
+def _plan_stages(arm, language, seed, params, changed, shared):
+    """The tasks of one training; `shared` holds those of other arms by what they do and what they go on from."""
+    root = Path(params[JUDGING]["runs_dir"]) / "ablate"
+    places = {"runs_dir": str(root / "runs"), "adapters_dir": str(root / "models" / name_folder(arm.name) / f"seed-{seed}")}
+    tasks, before, key = {}, [], ""
+    for stage, own in (*changed.items(), (JUDGING, {"method": arm.method, "compare": [language]})):
+        own = own if stage == JUDGING else own | {"seed": seed}
+        checked = check_params(stage, params[stage] | places | own)
+        key = hash_value([key, language, stage, checked])
+        tasks[stage] = shared.setdefault(key, Task(language, stage, checked, before, arm=f"{arm.name}, seed {seed}"))
+        before = [tasks[stage]]
+    return tasks
 
 
 def count_corpus(params: dict) -> int:
@@ -158,8 +206,3 @@ def count_corpus(params: dict) -> int:
         return len(load_corpus(resolve_path(params["corpus"]), params["language"], params["corpus_clips"]))
     except CorpusError as error:
         raise ParameterError(f"corpus is {params['corpus']!r}: {error}") from error
-
-
-def write_value(value) -> str:
-    """Return `value` as csm_nb.runs takes it after --set KEY=."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()

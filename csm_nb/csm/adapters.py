@@ -32,18 +32,21 @@ class AdapterError(ValueError):
 
 
 def add_adapter(model, rank: int = 64, alpha: int = 128, dropout: float = 0.05, mlp: bool = False,
-                text_embeddings: bool = False) -> PeftModel:
-    """A fresh LoRA adapter on the attention (and with `mlp` the MLP layers) of backbone and depth decoder.
+                text_embeddings: bool = False, seed: int = 0) -> PeftModel:
+    """Put a fresh LoRA adapter on the attention (and with `mlp` the MLP layers) of backbone and depth decoder.
 
     The targets are full paths: bare names such as q_proj would also match Mimi's transformer inside the model.
-    `text_embeddings` trains the text table as well, for letters that the base has never seen.
+    `text_embeddings` trains the text table as well, for letters that the base has never seen. It begins with the weights
+    that `seed` draws, whatever was drawn before.
     """
     layers = rf"(backbone_model|depth_decoder\.model)\.layers\.\d+\.(self_attn|mlp)\.({ATTENTION}{'|' + MLP if mlp else ''})"
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers,
         modules_to_save=["embed_text_tokens"] if text_embeddings else None,
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def load_adapter(model, folder, trainable: bool = False, name: str = "default") -> PeftModel:
@@ -239,13 +242,13 @@ def describe_adapter(model) -> dict:
 
 
 def start_training(model, method: str, before=None, rank: int = 64, alpha: int = 128, dropout: float = 0.05,
-                   mlp: bool = False, text_embeddings: bool = False, speakers=()):
-    """`model` ready to be trained by `method`, "lora" or "full", from where the stage before left off (its folder) or anew.
+                   mlp: bool = False, text_embeddings: bool = False, speakers=(), seed: int = 0):
+    """Return `model` ready to be trained by `method`, "lora" or "full", from where the stage before left off or anew.
 
     An adapter that is loaded keeps its own rank, alpha, dropout and layers: describe_adapter shows them. A model that was
     trained fully lends its weights. `speakers` (speakers.number_speakers) are those that it will have: it speaks with no
-    other, and they are saved with it. Raises BaseModelError for another method and for full training of weights that were
-    rounded, AdapterError for a folder of another base.
+    other, and they are saved with it. A fresh adapter begins with the weights that `seed` draws. Raises BaseModelError for
+    another method and for full training of weights that were rounded, AdapterError for a folder of another base.
     """
     if method not in TRAINED:
         raise BaseModelError(f"method is {method!r}; allowed are {' and '.join(TRAINED)}")
@@ -255,7 +258,7 @@ def start_training(model, method: str, before=None, rank: int = 64, alpha: int =
                                  "with load_base(..., method='full'), in float32")
         model = train_fully(model if before is None else load_full(model, before), text_embeddings)
     elif before is None:
-        model = add_adapter(model, rank, alpha, dropout, mlp, text_embeddings)
+        model = add_adapter(model, rank, alpha, dropout, mlp, text_embeddings, seed)
     else:
         model = load_adapter(model, before, trainable=True)
     set_speakers(model, list(speakers) or read_speakers(before))

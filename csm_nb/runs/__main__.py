@@ -44,7 +44,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return options
 
 
-def _check_away(tasks):
+def check_away(tasks):
     """Say which models will be fetched from the hub, and refuse where there is none to be had (HF_HUB_OFFLINE)."""
     away = hub.list_missing([task.params for task in tasks])
     if away and is_offline_mode():
@@ -88,7 +88,7 @@ def main(arguments=None) -> int:
     options = parse_arguments(arguments)
     try:
         tasks = plan_tasks(options.langs, options.stages, options.profile, options.set)
-        _check_away(tasks)
+        check_away(tasks)
     except (ParameterError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -33,13 +33,17 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass
 class Task:
-    """One stage of one language in this call. `needs` must be done before it, `after` must at least be over."""
+    """One stage of one language in this call. `needs` must be done before it, `after` must at least be over.
+
+    Tasks of one language and `arm` (of an ablation) run one after another.
+    """
 
     language: str
     stage: str
     params: dict
     needs: list["Task"] = field(default_factory=list)
     after: list["Task"] = field(default_factory=list)
+    arm: str = ""
     state: str = "waiting"
     verdict: str = ""
     note: str = ""
@@ -49,7 +53,7 @@ class Task:
     seconds: float = 0.0
 
     def __str__(self):
-        return f"{self.language} {self.stage:<15}"
+        return f"{self.language} {self.arm and f'{self.arm:<29}'}{self.stage:<15}"
 
 
 def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
@@ -140,7 +144,7 @@ def _read_file(key, path, language):
 
 
 def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
-    """Run tasks to their end, `jobs` at a time, one of a language at a time; each task then says how it went.
+    """Run tasks to their end, `jobs` at a time, one of a language and arm at a time; each task then says how it went.
 
     With `force` what is done is run again, into a folder beside the old one.
     On KeyboardInterrupt the running notebooks are ended, so only they are unfinished, and the interrupt goes on.
@@ -187,7 +191,8 @@ def _is_ready(task, tasks):
     if broken:
         task.state, task.note = "not run", f"needs {broken[0].stage}"
         print(f"{_clock()}  {task} not run ({task.note})", flush=True)
-    busy = any(other.language == task.language and other.state == "running" for other in tasks)
+    mine = task.language, task.arm
+    busy = any((other.language, other.arm) == mine and other.state == "running" for other in tasks)
     over = all(other.state not in ("waiting", "running") for other in task.needs + task.after)
     return task.state == "waiting" and over and not busy
 

@@ -17,7 +17,7 @@ from csm_nb import paths
 from csm_nb.clean import EncodingError, read_text
 from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
-from csm_nb.paths import ROOT, STAGES, TRAINING, resolve_path, show_path
+from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
 from csm_nb.recipe import ParameterError, suggest
 from csm_nb.text.sentences import count_sentences
 
@@ -60,7 +60,7 @@ def find_params(language: str, profile: str) -> list[Path]:
 
     Raises ParameterError for either that is not there, with the nearest name and all that are.
     """
-    files = {path.stem: path for path in sorted((ROOT / "params").glob("*.yaml"))}
+    files = {path.stem: path for path in sorted((paths.ROOT / "params").glob("*.yaml"))}
     taught = {code: entry for code, entry in LANGUAGES.items() if code in files}
     if language not in taught:
         named = {str(name).lower(): code for code, entry in taught.items()
@@ -176,7 +176,7 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{found}; allowed is each number once")
         if key in MODELS and not _names_model(key, value, parameter):
             more = ", by-language" * (key == "asr_model") + ", empty" * (not parameter.default)
-            there = ", ".join(sorted(path.name for path in (ROOT / "models").glob("*/"))) or "none"
+            there = ", ".join(sorted(path.name for path in (paths.ROOT / "models").glob("*/"))) or "none"
             missing = ", and there is no such folder" * bool(value)
             raise ParameterError(f"{found}{missing}; allowed: models/<folder>, owner/name of the hub{more}; under models/ there "
                                  f"are: {there}")

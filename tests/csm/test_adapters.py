@@ -226,3 +226,16 @@ def test_half_a_file_of_a_fully_trained_model_is_refused(base, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(AdapterError, match="can not be read .*half a file"):
         load_full(base, tmp_path)
+
+
+def test_a_fresh_adapter_begins_with_what_its_seed_draws_whatever_was_drawn_before():
+    def draw(seed, before):
+        model, _ = load_base("models/csm-mini", "cpu")
+        torch.manual_seed(before)
+        state = add_adapter(model, 4, 8, 0.0, seed=seed).state_dict()
+        after = torch.rand(1)
+        torch.manual_seed(before)
+        assert torch.equal(after, torch.rand(1))  # and draws nothing from what goes on
+        return torch.cat([value.flatten() for name, value in state.items() if "lora_A" in name])
+
+    assert torch.equal(draw(0, before=1), draw(0, before=2)) and not torch.equal(draw(0, before=1), draw(1, before=1))

@@ -118,11 +118,11 @@ def test_killed_recipe_goes_on_and_saves_a_folder_that_loads(train, tmp_path, mo
 
         return fit(modules, dies, *args, **kwargs, save_every_seconds=0.0)
 
-    monkeypatch.setattr(loop, "fit", killed)
+    monkeypatch.setattr(judges, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "out", minutes=5, **settings)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(judges, "fit", fit)
     used = torch.load(tmp_path / "work/checkpoint.pt")["progress"]["seconds"]
     out = train(tmp_path / "out", minutes=(used + 1) / 60, **settings)
     assert "goes on from step 5" in capsys.readouterr().out

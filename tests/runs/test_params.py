@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
+import random
 
 import pytest
 import yaml
@@ -183,7 +185,7 @@ def test_the_trainer_takes_the_gpu_that_is_named(here, monkeypatch):
     from accelerate import PartialState
 
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")  # put back afterwards
-    monkeypatch.setattr(params, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(folders, "check_inputs", lambda *_: None)
     values = {name: p.default for name, p in params.read_cell("01_anchor").items()} | {"device": "cuda:1"}
     run = folders.open_run("01_anchor", values)
     PartialState._reset_state()
@@ -307,13 +309,13 @@ def test_open_run_records_provenance_and_seeds(here):
     import torch
 
     first = complete("00_mimi_sanity", seed=7)
-    draws = [params.random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+    draws = [random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
     record = provenance.read_json(first.dir / "run.json")
     assert record["status"] == "done" and record["params"]["seed"] == 7 and record["inputs"]["base_model"]["hash"]
     assert {"commit", "dirty", "versions", "host", "seconds", "peak_memory_bytes"} <= record.keys()
     assert provenance.read_json(first.dir / "metrics.json") == {"verdict": "go"}
     complete("00_mimi_sanity", seed=7)
-    assert draws == [params.random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+    assert draws == [random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
 
 
 def test_an_unfinished_run_is_taken_up_and_a_finished_one_never_overwritten(here):
@@ -360,7 +362,7 @@ def test_adapter_of_a_stage_is_the_newest_complete_one_on_the_same_base_and_lang
     (here / "models" / "other" / "config.json").write_text("other")
     complete("01_anchor", base_model="models/other")
     complete("01_anchor", language="sv")
-    params.os.utime(older.dir / "done.json", (1, 1))
+    os.utime(older.dir / "done.json", (1, 1))
     run = folders.open_run("02_synthetic", {name: p.default for name, p in params.read_cell("02_synthetic").items()})
     assert folders.find_adapter("01_anchor", run) == newer.dir / "adapter"
     assert folders.find_adapter(str(older.dir), run) == older.dir / "adapter"

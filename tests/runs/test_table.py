@@ -87,8 +87,8 @@ def test_every_count_of_every_profile_gives_sentences_in_every_language(language
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_arm_of_an_ablation_can_be_planned_in_every_language(profile, monkeypatch):
     monkeypatch.setattr(arms, "compare_costs", lambda params: 1.5)
-    works = arms.plan_works(TAUGHT, profile)
-    assert {work.language for work in works} == set(TAUGHT)
+    trainings = arms.plan_trainings(TAUGHT, profile)
+    assert {training.language for training in trainings} == set(TAUGHT)
 
 
 @pytest.mark.parametrize("stage", STAGES)

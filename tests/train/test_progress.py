@@ -8,7 +8,7 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from conftest import write_notebook
+from conftest import ROOT, write_notebook
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -104,7 +104,8 @@ def test_a_resumed_training_goes_on_in_tensorboard_and_speaks_only_what_it_did_n
 
 
 def test_an_executed_notebook_holds_the_last_figure_once_and_the_players(tmp_path):
-    cell = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+    places = [str(ROOT / "tests"), str(Path(__file__).parent)]
+    cell = f"import sys; sys.path[:0] = {places!r}\nfrom pathlib import Path\n"
     cell += "from test_progress import train\ntrain(Path(folder), every=2);"
     write_notebook(tmp_path / "watch.ipynb", 'folder: str = ""', cell)
     papermill.execute_notebook(tmp_path / "watch.ipynb", tmp_path / "out.ipynb", {"folder": str(tmp_path)}, progress_bar=False)

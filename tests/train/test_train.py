@@ -398,7 +398,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_good_checkpoint(rows, tmp_path, 
 
 KILLED = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_train import make_rows
 from csm_nb.csm.adapters import add_adapter
 from csm_nb.csm.load import load_base
@@ -413,7 +413,7 @@ train_model(model, processor, rows, rows[:2], sys.argv[1], Recipe(24, max_tokens
 
 
 def test_a_killed_training_goes_on_with_the_numbers_of_one_that_was_not(tmp_path):
-    command = [sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__))]
+    command = [sys.executable, "-c", KILLED.format(tests=[str(ROOT / "tests"), os.path.dirname(__file__)])]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -435,7 +435,7 @@ def read_log(folder):
 
 WORKER = """
 import json, sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_train import make_rows
 from csm_nb.csm.adapters import add_adapter
 from csm_nb.csm.load import load_base
@@ -459,7 +459,7 @@ def one_and_two_processes(tmp_path_factory):
     """The folders of the same trainings by one process (rows two by two) and by two, at text_weight 0 and 10."""
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=os.path.dirname(__file__)))
+    script.write_text(WORKER.format(tests=[str(ROOT / "tests"), os.path.dirname(__file__)]))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([sys.executable, script, folder / "one", "2"], [*launch, script, folder / "two", "1"]):
