@@ -58,14 +58,15 @@ def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[
         peft, attach = "from peft import PeftModel\n", "\nmodel = PeftModel.from_pretrained(model, adapter)"
     missing, kept = (f"model.{table}" for table in tables)
     return f"""import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import soundfile
 {peft}from transformers import AutoProcessor, CsmForConditionalGeneration
 
-package = find_spec("csm_nb")
-root = Path(package.origin).parents[1] if package else Path()  # the folder of csm-nb
+try:
+    from csm_nb.paths import ROOT as root  # the folder of csm-nb
+except (ImportError, FileNotFoundError):  # not installed, or run outside of its folder
+    root = Path()
 {load}
 model = CsmForConditionalGeneration.from_pretrained({name}, dtype="float32")
 {missing} = \\
