@@ -82,7 +82,7 @@ print("speech.wav:", text)"""
 
 
 def _find(variable, place):
-    """Code for a folder: below csm-nb's, or as it stands (a hub id, a folder where the example runs); the variable overrules."""
+    """Return code for a folder: below csm-nb's, or as it stands (a hub id, one where it runs); the variable overrules."""
     below_models = f"models/{Path(place).name}"
     if resolve_path(below_models).is_dir() and not resolve_path(place).exists():  # a hub id of which there is a copy
         place = below_models
@@ -95,6 +95,6 @@ def _is_path(value):
 
 
 def _shorten(place, parts=1):
-    """A folder below the project's root relative to it, of others the end only: no card tells where its maker keeps things."""
+    """Return a folder relative to the project's root, of others the end only: no card tells where its maker keeps things."""
     shown = Path(show_path(place))
     return "/".join(shown.parts[-parts:]) if shown.is_absolute() else str(shown)

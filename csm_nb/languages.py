@@ -123,7 +123,7 @@ LANGUAGES = {
 
 
 def get_language(code: str) -> Language:
-    """The row of the table for `code`. Raises ValueError naming the codes there are."""
+    """Return the row of the table for `code`. Raises ValueError naming the codes there are."""
     if code not in LANGUAGES:
         hint = ' (a bare no in YAML is false: write "no")' if code is False else ""
         raise ValueError(f"unknown language {code!r}{hint}; one of {', '.join(LANGUAGES)}")

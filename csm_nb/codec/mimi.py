@@ -85,7 +85,7 @@ def fingerprint_codec(codec) -> str:
 
 
 def frame_rate(codec) -> float:
-    """Return how many frames of codes a codec makes a second (12.5 for Mimi)."""
+    """Return how many frames of codes a codec makes per second (12.5 for Mimi)."""
     return codec.config.sampling_rate / codec.config.frame_size
 
 
@@ -164,7 +164,7 @@ def _check_codebooks(codec, num_codebooks):
 
 
 def _batch_equals(codec, shapes):
-    """Indices in batches of equal shape (frames, or (frames, codebooks)), BATCH_SECONDS of audio each at most."""
+    """Return indices in batches of equal shape (frames, or (frames, codebooks)), BATCH_SECONDS of audio each at most."""
     limit = frame_rate(codec) * BATCH_SECONDS.get(codec.device.type, 60)
     groups = defaultdict(list)
     for i, shape in enumerate(shapes):

@@ -42,7 +42,7 @@ class MoshiCodec(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return next(self.mimi.parameters()).device
 
     def encode(self, values, num_quantizers: int | None = None):
@@ -142,7 +142,7 @@ def _read_json(model, folder, name):
 
 
 def _find_file(model, folder, name):
-    """The file `name` of a folder, or of the hub's copy; None where the folder (or the hub's config.json) is not there."""
+    """Return the file `name` of a folder, or of the hub's copy; None where the folder (or the hub's config.json) is not there."""
     if folder is not None:
         return folder / name if (folder / name).is_file() else None
     if str(model).startswith(("models/", "/", ".", "~")) or str(model).count("/") != 1:
@@ -193,7 +193,7 @@ def convert_config(sizes: dict | None) -> MimiConfig:
         raise ModelError(f"the checkpoint's mimi_config has no {error}; see moshi.models.loaders for a whole one") from error
     if config.frame_rate != sizes["frame_rate"]:
         raise ModelError(
-            f"mimi_config: frame_rate {sizes['frame_rate']}; {config.frame_rate} is allowed at these ratios: two steps a frame"
+            f"mimi_config: frame_rate {sizes['frame_rate']}; {config.frame_rate} is allowed at these ratios: two steps per frame"
         )
     return config
 

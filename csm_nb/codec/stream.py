@@ -47,7 +47,7 @@ def decode_stream(codec, chunks):
 
 
 def _encode_next(codec, wav, num_codebooks, state):
-    """Codes (frames, codebooks) of the next whole frames of a stream, and the state after them; `state` is None at first."""
+    """Return codes (frames, codebooks) of the next whole frames, and the state after them; `state` is None at first."""
     if len(wav) == 0:
         return np.zeros((0, num_codebooks or codec.config.num_quantizers), np.uint16), state
     values = torch.from_numpy(wav)[None, None].to(codec.device)
@@ -61,7 +61,7 @@ def _encode_next(codec, wav, num_codebooks, state):
 
 
 def _decode_next(codec, codes, state):
-    """Samples of the next frames of a stream, and the state after them; `state` is None at first."""
+    """Return samples of the next frames of a stream, and the state after them; `state` is None at first."""
     codes = torch.from_numpy(codes.T.copy())[None].to(codec.device)
     if isinstance(codec, MimiModel):
         cache, past = state = state or (DynamicCache(config=codec.config), {})
@@ -75,7 +75,7 @@ def _decode_next(codec, codes, state):
 
 @contextmanager
 def _carry_inputs(codec, past):
-    """While open, the decoder's convolutions go on from their last inputs, in `past`, instead of from silence.
+    """Let the decoder's convolutions go on from their last inputs, in `past`, while open, instead of from silence.
 
     transformers carries them over for encoding alone (padding_cache); for decoding only attention has a cache.
     """

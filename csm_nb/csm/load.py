@@ -34,7 +34,7 @@ class BaseModelError(ValueError):
 
 def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: str | torch.dtype | None = None,
               four_bit: bool = False, backend: str = "transformers", method: str = "lora"):
-    """Returns (model, processor) of a CSM folder or hub id, with its codebook tables tied, in eval mode, nothing trainable yet.
+    """Return (model, processor) of a CSM folder or hub id, its codebook tables tied, in eval mode, nothing trainable yet.
 
     `dtype` ("auto": bfloat16 on a GPU, float32 on a CPU; "bfloat16"; "float32") is the language model's; the codec is
     float32 in any case. For `method` "full" all of it is float32 whatever `dtype` says, since what is trained has to start
@@ -124,7 +124,7 @@ def _quiet_transformers():
 
 
 def tie_codebooks(model, missing_keys=()) -> str:
-    """Makes the backbone's and the depth decoder's codebook table one tensor again, and says which one was kept.
+    """Make the backbone's and the depth decoder's codebook table one tensor again, and say which one was kept.
 
     transformers 5.17 leaves them two, and fills the one that a checkpoint does not hold with random numbers, without an
     error. `missing_keys` is what `from_pretrained(..., output_loading_info=True)` reports.
@@ -147,7 +147,7 @@ def _inner(model):
 
 
 def encode_text(processor, text: str, speaker_id: str) -> list[int]:
-    """Token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included.
+    """Return token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included.
 
     The text is cleaned (clean_text) for whoever did not, and what looks like a control token in it is spelled out letter by
     letter: it ends nothing.

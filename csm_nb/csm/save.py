@@ -19,14 +19,14 @@ from csm_nb.paths import show_path
 
 
 def save_trained(model, processor, folder, card: dict | None = None, base_id: str = "") -> Path:
-    """Writes what was trained and returns its folder: an adapter (save_adapter), or the whole model as it is (save_full)."""
+    """Write what was trained and return its folder: an adapter (save_adapter), or the whole model as it is (save_full)."""
     if isinstance(model, PeftModel):
         return save_adapter(model, folder, card, base_id)
     return save_full(model, processor, folder, card, base_id, dtype=None)
 
 
 def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: str = "") -> Path:
-    """Writes a plain PEFT folder with a model card and returns it; replaces what was there when all is written.
+    """Write a plain PEFT folder with a model card and return it; it replaces what was there when all is written.
 
     `card` is the card's table (data, licence, figures ...); what was trained and the git commit are added to it.
     """
@@ -40,15 +40,14 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
 
 
 def write_record(model, folder, language: str = "") -> None:
-    """Write base.json: the base that an adapter needs (describe_base), the speakers that it or the model was trained with, and
-    its language."""
+    """Write base.json: the base that an adapter needs (describe_base), the speakers it was trained with, its language."""
     record = describe_base(model) | {"speakers": get_speakers(model)} | ({"language": language} if language else {})
     (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def save_full(model, processor, folder, card: dict | None = None, base_id: str = "",
               dtype: torch.dtype | None = torch.bfloat16) -> Path:
-    """Writes a fully trained model as save_base does, with a model card as save_adapter does, and returns the folder."""
+    """Write a fully trained model as save_base does, with a model card as save_adapter does, and return the folder."""
     with _write_folder(folder) as partial:
         _write_base(model, processor, partial, dtype)
         write_record(model, partial, (card or {}).get("language", ""))
@@ -57,7 +56,7 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
 
 
 def save_base(model, processor, folder, dtype: torch.dtype | None = torch.bfloat16) -> Path:
-    """Writes model and processor as a published CSM is laid out, with one of the two codebook tables, for load_base.
+    """Write model and processor as a published CSM is laid out, with one of the two codebook tables, for load_base.
 
     The language model is written in `dtype` (None: as it is), the codec as it is: bfloat16 would round it. Replaces what
     was there when all is written. Raises BaseModelError for a model in 4 bits or with an adapter on it.
@@ -79,7 +78,7 @@ def _write_base(model, processor, folder, dtype):
 
 @contextlib.contextmanager
 def _write_folder(folder):
-    """A folder beside `folder` to write to, which takes its place when all is written; a reader never finds a part."""
+    """Yield a folder beside `folder` to write to, which takes its place when all is written; a reader never finds a part."""
     folder = Path(folder)
     partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)

@@ -38,7 +38,7 @@ class CodedClip:
 
     @property
     def title(self) -> str:
-        """What a figure calls the clip."""
+        """Return what a figure calls the clip."""
         return name_clip(self.row)
 
 
@@ -119,7 +119,7 @@ def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]
 
 
 def _describe_voice(wavs):
-    """(F0 range, median F0) of one speaker's clips in Hz; the median is NaN where nothing is voiced."""
+    """Return (F0 range, median F0) of one speaker's clips in Hz; the median is NaN where nothing is voiced."""
     pitch_range = find_pitch_range(wavs)
     f0 = [np.nan]
     for wav in wavs:
@@ -154,7 +154,7 @@ def list_sounds(clip: CodedClip, codebooks) -> list[tuple[str, np.ndarray]]:
 
 
 def measure_clips(clips, method: str = "praat") -> pd.DataFrame:
-    """Return one row a coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN.
+    """Return one row per coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN.
 
     `method` is the F0 tracker, one of f0.METHODS: a finding that another one shares is not the tracker's.
     Raises ProsodyError for another name.

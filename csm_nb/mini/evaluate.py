@@ -31,13 +31,13 @@ GROUPS = {"seen": "shipped voices", "unheard": "unheard voices", "read_by_others
 
 
 def speak_held_out(code: str, voices, clips: int, seed: int = 1, read_by: str | None = None):
-    """`clips` held-out sentences of language `code` as (text, wav at 24 kHz), spoken by `voices` in turn."""
+    """Return `clips` held-out sentences of language `code` as (text, wav at 24 kHz), spoken by `voices` in turn."""
     texts = make_sentences(code, clips, seed=seed, split="test")
     return [(text, speak_text(text, read_by or code, voices[i % len(voices)])) for i, text in enumerate(texts)]
 
 
 def evaluate_judges(asr, lid, clips: int = 30, seconds=(2.0, 4.0), seed: int = 1, codec=None) -> dict:
-    """{"asr": {group: {language: mean CER}}, "lid": {group: {language: share told right}}} on held-out sentences.
+    """Return {"asr": {group: {language: mean CER}}, "lid": {group: {language: share told right}}} on held-out sentences.
 
     Group "seen" are the voices of the miniature models, "unheard" two formant variants that no training clip had,
     "read_by_others" sentences of one language in the voice of another, where right means the voice's. Languages are
@@ -61,7 +61,7 @@ def evaluate_judges(asr, lid, clips: int = 30, seconds=(2.0, 4.0), seed: int = 1
 
 
 def evaluate_codec(codec, work, clips: int = 12, seed: int = 1) -> dict:
-    """{measure: "median (95 % interval)"} of stage 00's measures over held-out sentences and voices of no, sv and da."""
+    """Return {measure: "median (95 % interval)"} of 00's measures over held-out sentences and voices of no, sv, da."""
     rows = [row for code in NORDIC for row in find_clips("", code, clips, seed, work)[0]]
     most = codec.config.num_quantizers
     summary = summarise(measure_clips(code_clips(rows, codec, [most], controls=False)))
@@ -70,7 +70,7 @@ def evaluate_codec(codec, work, clips: int = 12, seed: int = 1) -> dict:
 
 
 def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1) -> dict:
-    """{"cer", "runaways", "heard": {language read: {language heard: share}}} of the base reading held-out sentences.
+    """Return {"cer", "runaways", "heard": {language read: {heard: share}}} of the base reading held-out sentences.
 
     CER and the share of runaways are of English, the only language that it was taught; what is heard when it reads no,
     sv and da is the bleed that adapters start from.
@@ -84,7 +84,7 @@ def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1
 
 
 def read_default_run(runs, base) -> dict | None:
-    """What the newest `make run` under `runs` on the model folder `base` found; None where it is not complete.
+    """Return what the newest `make run` under `runs` on the model folder `base` found; None where it is not complete.
 
     {"adapters": {language: {"cer", "heard_right", "low", "high", "runaways", "sentences"}}, "minutes": from the first start
     to the last end}; of an adapter's language and its held-out sentences. Runs that were skipped
@@ -109,7 +109,7 @@ def read_default_run(runs, base) -> dict | None:
 
 
 def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/evaluate", runs=paths.ROOT / "runs") -> dict:
-    """All figures of csm-mini, asr-mini and lid-mini in the folder `models`, on held-out sentences, and of `runs` on them."""
+    """Return all figures of the miniature models in the folder `models`, on held-out sentences, and of `runs` on them."""
     models = Path(models)
     model, processor = load_base(models / "csm-mini", "cpu")
     asr, lid, codec = load_asr(models / "asr-mini", "cpu"), load_lid(models / "lid-mini", "cpu"), load_codec(models / "csm-mini")
@@ -123,7 +123,7 @@ def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/eval
 
 
 def tabulate(figures: dict) -> str:
-    """The figures of `evaluate_models` as the Markdown table of README: what, figure, and what is aimed at."""
+    """Return the figures of `evaluate_models` as the Markdown table of README: what, figure, and what is aimed at."""
     def spread(rows):
         return f"{100 * np.mean(list(rows.values())):.1f} ({100 * min(rows.values()):.1f} to {100 * max(rows.values()):.1f})"
 
@@ -170,7 +170,7 @@ def _tabulate_run(run):
 
 
 def write_cards(models, figures: dict) -> list[Path]:
-    """README.md of the three folders from their training.json and the figures of `evaluate_models`."""
+    """Write README.md of the three folders from their training.json and the figures of `evaluate_models`; return their paths."""
     models = Path(models)
     cards = {"csm-mini": _describe_base(models / "csm-mini", figures)}
     for kind in ("asr", "lid"):
@@ -210,7 +210,7 @@ languages too, as somebody does who knows English only.
 Made by {_describe_training(training["codec"], "codec")}; then
 {_describe_training(training["base"], "base")}.
 
-`python -m csm_nb.mini evaluate` ({figures["clips"]} held-out sentences a language, none of them in training):
+`python -m csm_nb.mini evaluate` ({figures["clips"]} held-out sentences per language, none of them in training):
 
 {tabulate(figures)}
 
@@ -258,7 +258,7 @@ language; noise, equaliser, low-pass, speed and level were drawn anew for every 
 
 Made by {_describe_training(training, kind)}.
 
-{measure}, {figures["clips"]} held-out sentences a language (none of them in training), by `python -m csm_nb.mini evaluate`:
+{measure}, {figures["clips"]} held-out sentences per language (none of them in training), by `python -m csm_nb.mini evaluate`:
 
 {chr(10).join(table)}
 """

@@ -14,7 +14,7 @@ HELD_OUT_VOICES = (Voice("4", "m1", 48, 65, 160), Voice("5", "f3", 50, 65, 160))
 
 
 def make_corpus(texts, language: str, out_dir, voices=VOICES, spoken_as: str | None = None) -> Path:
-    """Speaks `texts` in turn with `voices` into `out_dir` and returns the path of its manifest.jsonl.
+    """Speak `texts` in turn with `voices` into `out_dir` and return the path of its manifest.jsonl.
 
     The same arguments give the same samples. They are spoken on from clip to clip, which saves a start for each (half of
     the time), so that one clip depends on those before it.
