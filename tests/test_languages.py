@@ -40,13 +40,6 @@ def test_no_label_counts_as_two_languages():
     assert all(language.iso3 in language.mms_lid for language in LANGUAGES.values())
 
 
-def test_neighbours_exist_and_are_others():
-    for language in LANGUAGES.values():
-        assert language.neighbours and set(language.neighbours) <= set(LANGUAGES) - {language.code}
-    for code in NEIGHBOURS:
-        assert set(NEIGHBOURS) - {code} == set(get_language(code).neighbours)
-
-
 def test_traits_name_what_is_measured():
     traits = {code: language.traits for code, language in LANGUAGES.items() if language.traits}
     assert traits == {"no": ("pitch_accent",), "sv": ("pitch_accent",), "da": ("stod",)}
