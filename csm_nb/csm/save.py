@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import (
-    PeftModel,
-)
+from peft import PeftModel
 
 from csm_nb.cards import write_card
 from csm_nb.csm.adapters import _check_whole, describe_adapter, describe_base
@@ -55,22 +53,26 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
     return Path(folder)
 
 
-def save_base(model, processor, folder, dtype: torch.dtype | None = torch.bfloat16) -> Path:
+def save_base(model, processor, folder, dtype: torch.dtype | None = torch.bfloat16,
+              codec_dtype: torch.dtype | None = None) -> Path:
     """Write model and processor as a published CSM is laid out, with one of the two codebook tables, for load_base.
 
-    The language model is written in `dtype` (None: as it is), the codec as it is: bfloat16 would round it. Replaces what
-    was there when all is written. Raises BaseModelError for a model in 4 bits or with an adapter on it.
+    The language model is written in `dtype` (None: as it is), the codec in `codec_dtype` (as it is: bfloat16 would round
+    it). Replaces what was there when all is written. Raises BaseModelError for a model in 4 bits or with an adapter on it.
     """
     with _write_folder(folder) as partial:
-        _write_base(model, processor, partial, dtype)
+        _write_base(model, processor, partial, dtype, codec_dtype)
     return Path(folder)
 
 
-def _write_base(model, processor, folder, dtype):
+def _write_base(model, processor, folder, dtype, codec_dtype=None):
     _check_whole(model, "saved whole")
     tie_codebooks(model)  # or there is no leaving out one of the two
-    state = {name: value.to("cpu", None if name.startswith("codec_model.") or not value.is_floating_point() else dtype)
-             for name, value in model.state_dict().items() if name != DEPTH_TABLE}
+    state = {}
+    for name, value in model.state_dict().items():
+        if name != DEPTH_TABLE:
+            wanted = codec_dtype if name.startswith("codec_model.") else dtype
+            state[name] = value.to("cpu", wanted if value.is_floating_point() else None)
     with _quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CsmConfig,
@@ -18,6 +17,7 @@ from transformers import (
 
 from csm_nb.codec.mimi import encode
 from csm_nb.csm.load import DEPTH_TABLE, tie_codebooks
+from csm_nb.csm.save import save_base
 from csm_nb.device import half_precision, pick_device
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini.loop import describe_training, fit
@@ -144,17 +144,6 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
 
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.05)
     model.cpu().eval().codec_model.load_state_dict(codec.cpu().state_dict())  # its decoder may have learned on since
-    save_base(model, processor, out)
+    save_base(model, processor, out, torch.float16, torch.float16)
     record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
     write_json(Path(out) / "training.json", record)
-
-
-def save_base(model, processor, out) -> None:
-    """Save model, processor and chat template to `out` in half precision, with one of the two codebook tables only."""
-    model.save_pretrained(out, state_dict={})
-    state = {name: value.half().contiguous() if value.is_floating_point() else value.contiguous()
-             for name, value in model.state_dict().items() if name != DEPTH_TABLE}
-    for stale in Path(out).glob("*.safetensors*"):
-        stale.unlink()
-    save_file(state, Path(out) / "model.safetensors", metadata={"format": "pt"})
-    processor.save_pretrained(out)
