@@ -1,7 +1,6 @@
 """The training loop that the recipe of the miniature models shares: by the clock, seeded, resumable after a kill."""
 
 import math
-import os
 import platform
 import re
 import time
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from csm_nb.provenance import replace_file
 
 
 def fit(modules, compute_loss, minutes: float, work, lr: float, seed: int = 0, betas=(0.9, 0.99), weight_decay: float = 0.0,
@@ -80,6 +81,5 @@ def describe_training(result: dict, seed: int) -> dict:
 def save_checkpoint(path, modules, optimizer, progress: dict) -> None:
     """Write the whole training state beside `path` and move it into place: a kill leaves the old or the new one."""
     weights = {name: module.state_dict() for name, module in modules.items()}
-    partial = Path(path).with_suffix(".partial")
-    torch.save({"modules": weights, "optimizer": optimizer.state_dict(), "progress": progress}, partial)
-    os.replace(partial, path)
+    with replace_file(Path(path)) as partial:
+        torch.save({"modules": weights, "optimizer": optimizer.state_dict(), "progress": progress}, partial)

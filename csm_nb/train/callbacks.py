@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 
 from csm_nb import audio
 from csm_nb.csm.attention import use_attention
+from csm_nb.provenance import replace_file
 from csm_nb.show import players, results
 from csm_nb.speak.generate import speak
 
@@ -102,9 +103,8 @@ class WriteMetrics(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(".metrics.jsonl.part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")
-            os.replace(part, path)
+            with replace_file(path) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")
 
 
 class LiveFigure(TrainerCallback):
