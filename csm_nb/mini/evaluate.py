@@ -1,6 +1,5 @@
 """What the miniature models score on sentences and voices that they never heard, and the cards that say so."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pandas as pd
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE
+from csm_nb.cards import save_card
 from csm_nb.codec.mimi import load_codec, round_trip
 from csm_nb.confusion.matrix import judge_speech
 from csm_nb.confusion.prompts import speak_models
@@ -28,6 +28,13 @@ from csm_nb.text.sentences import make_sentences
 
 NORDIC = ("no", "sv", "da")
 GROUPS = {"seen": "shipped voices", "unheard": "unheard voices", "read_by_others": "another language's text"}
+JUDGES = {  # what it is, the hub's name of its task, what is measured
+    "asr": ("speech recogniser (characters, CTC)", "automatic-speech-recognition",
+            "Character error rate (mean over clips, case and punctuation removed)"),
+    "lid": ("language judge", "audio-classification",
+            "Share of clips of 2 to 4 s whose language is told right. Where the voice reads a text of another language, "
+            "right is the language of the voice: the sounds decide, not the words"),
+}
 
 
 def speak_held_out(code: str, voices, clips: int, seed: int = 1, read_by: str | None = None):
@@ -172,12 +179,13 @@ def _tabulate_run(run):
 def write_cards(models, figures: dict) -> list[Path]:
     """Write README.md of the three folders from their training.json and the figures of `evaluate_models`; return their paths."""
     models = Path(models)
-    cards = {"csm-mini": _describe_base(models / "csm-mini", figures)}
-    for kind in ("asr", "lid"):
-        cards[f"{kind}-mini"] = _describe_judge(models / f"{kind}-mini", kind, figures)
-    for name, text in cards.items():
-        (models / name / "README.md").write_text(text, encoding="utf-8")
-    return [models / name / "README.md" for name in cards]
+    known = {"library_name": "transformers", "license": "apache-2.0"}
+    path = models / "csm-mini"
+    cards = [save_card(path, _describe_base(path, figures), language="en", pipeline_tag="text-to-speech", **known)]
+    for kind, (_, task, _) in JUDGES.items():
+        path = models / f"{kind}-mini"
+        cards.append(save_card(path, _describe_judge(path, kind, figures), language=list(CODES), pipeline_tag=task, **known))
+    return cards
 
 
 def _describe_training(record: dict, part: str) -> str:
@@ -189,13 +197,7 @@ def _describe_training(record: dict, part: str) -> str:
 def _describe_base(folder, figures):
     training = read_json(folder / "training.json")
     codec = "\n".join(f"| {name} | {figure} |" for name, figure in figures["codec"].items())
-    return f"""---
-language: en
-pipeline_tag: text-to-speech
-library_name: transformers
-license: apache-2.0
----
-# csm-mini
+    return f"""# csm-mini
 
 A miniature of Sesame CSM with its Mimi codec inside, trained from nothing on **espeak-ng synthetic speech** and speaking
 only English: it proves the workbook, and says nothing about CSM-1B or about people.
@@ -230,21 +232,9 @@ def _describe_judge(folder, kind, figures):
     table = ["| language | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     table += [f"| {code} | " + " | ".join(f"{100 * rows[code]:.1f} %" for rows in columns.values()) + " |" for code in CODES]
     table.append("| mean | " + " | ".join(f"{100 * np.mean(list(rows.values())):.1f} %" for rows in columns.values()) + " |")
-    what, task, measure = {
-        "asr": ("speech recogniser (characters, CTC)", "automatic-speech-recognition",
-                "Character error rate (mean over clips, case and punctuation removed)"),
-        "lid": ("language judge", "audio-classification",
-                "Share of clips of 2 to 4 s whose language is told right. Where the voice reads a text of another language, "
-                "right is the language of the voice: the sounds decide, not the words"),
-    }[kind]
+    what, task, measure = JUDGES[kind]
     since = f", from {100 * CODEC_FROM:.0f} % of the training time on," if kind == "asr" else ""
-    return f"""---
-language: {json.dumps(list(CODES))}
-pipeline_tag: {task}
-library_name: transformers
-license: apache-2.0
----
-# {folder.name}
+    return f"""# {folder.name}
 
 A miniature {what} for {", ".join(LANGUAGES[c].name for c in CODES)}.
 Trained on nothing but **espeak-ng synthetic speech** of template sentences, it judges such speech and says nothing about
