@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from csm_nb import paths
-from csm_nb.hub import is_hub_id
+from csm_nb.hub import find_model, is_hub_id
 from csm_nb.languages import LANGUAGES
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import describe_commit
@@ -106,9 +106,7 @@ print("speech.wav:", text)"""
 
 def _find(variable, place):
     """Return code for a folder: below csm-nb's, or as it stands (a hub id, one where it runs); the variable overrules."""
-    below_models = f"models/{Path(place).name}"
-    if resolve_path(below_models).is_dir() and not resolve_path(place).exists():  # a hub id of which there is a copy
-        place = below_models
+    place = find_model(place) or place  # of a hub id there may be a copy
     inside = not Path(show_path(place)).is_absolute() and resolve_path(place).parent.is_dir()
     return f'os.environ.get("{variable}", {"root / " if inside else ""}"{_shorten(place)}")'
 

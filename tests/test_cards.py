@@ -124,10 +124,12 @@ def test_a_card_names_no_folder_of_this_machine(project, tmp_path):
 
 
 @pytest.mark.parametrize(("base", "found"), [
-    ("sesame/csm-mini", 'root / "models/csm-mini"'), ("sesame/csm-1b", '"sesame/csm-1b"'),
+    ("sesame/csm-copied", 'root / "models/csm-copied"'), ("sesame/csm-1b", '"sesame/csm-1b"'),
     ("models/csm-mini", 'root / "models/csm-mini"'), ("/somewhere/csm-own", '"csm-own"'),
 ])
-def test_a_base_is_looked_for_where_it_lies(base, found, tmp_path):
+def test_a_base_is_looked_for_where_it_lies(base, found, project, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", project)
+    (project / "models/csm-copied").mkdir(exist_ok=True)
     write_card(tmp_path, tmp_path / "lora_no", {}, base, True, "0", (DEPTH_TABLE, BACKBONE_TABLE))
     assert f'base = os.environ.get("BASE", {found})\n' in (tmp_path / "README.md").read_text()
 
