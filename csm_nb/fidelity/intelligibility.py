@@ -42,8 +42,8 @@ def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
             known = bool(normalise_text(expected, language))
             cer = 100 * min(1, character_error_rates([expected], [text], language)[0]) if known else np.nan
             rows.append({
-                "clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition, "transcript": text,
-                "heard": max(scores, key=scores.get), "cer_percent": float(cer), "hallucinated": bool(invented),
+                "clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition,
+                "cer_percent": float(cer), "hallucinated": bool(invented),
                 "right_language": float(max(scores, key=scores.get) == language), **measure_quality(clip.original, wav),
             })
     return pd.DataFrame(rows)

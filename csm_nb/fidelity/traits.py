@@ -7,8 +7,8 @@ import pandas as pd
 
 from csm_nb.corpora.check import check_clips
 from csm_nb.corpora.sources import load_corpus
-from csm_nb.fidelity import clips as fidelity_clips
 from csm_nb.fidelity.clips import code_clips, measure_clips, name_clip
+from csm_nb.fidelity.clips import list_unmeasured as list_unmeasured_clips
 from csm_nb.fidelity.verdict import Criterion, Evidence, summarise, tabulate
 from csm_nb.languages import get_language
 from csm_nb.manifest import read_manifest
@@ -100,7 +100,7 @@ def weigh_traits(coded: dict[str, list], notes: dict | None = None) -> tuple[lis
             measures = ("accent_right", "peak_shift_ms", "valley_shift_ms", "turns_kept_percent", "h2_h1_error_st")
             controls = {"identity": "passes", "Vorbis": "passes", "flat F0": "fails"}
             evidence.append(Evidence(name, summarise(table, measures, "mean"), ACCENT, controls, note))
-        tables.append(table.assign(evidence=name))
+        tables.append(table)
     tables = [table for table in tables if len(table)]
     return evidence, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -114,7 +114,7 @@ def tabulate_evidence(evidence: list[Evidence]) -> pd.DataFrame:
 def list_unmeasured(table: pd.DataFrame, unmarked: list[dict]) -> pd.DataFrame:
     """Return which clips say nothing about a trait, in which condition, and why: clip, condition, reason."""
     rows = pd.DataFrame([{"clip": name_clip(row), "condition": "all", "reason": row["reason"]} for row in unmarked])
-    return pd.concat([rows, fidelity_clips.list_unmeasured(table)], ignore_index=True) if len(table) else rows
+    return pd.concat([rows, list_unmeasured_clips(table)], ignore_index=True) if len(table) else rows
 
 
 def pick_examples(coded: dict[str, list], table: pd.DataFrame) -> dict:
