@@ -6,7 +6,6 @@ import pytest
 from csm_nb.audio import SAMPLE_RATE
 from csm_nb.fidelity import intelligibility, verdict
 from csm_nb.fidelity.clips import CodedClip
-from csm_nb.judge import judges as judge_judges
 from csm_nb.judge.judges import load_asr, load_lid
 from csm_nb.synth.espeak import VOICES, speak_text
 
@@ -57,8 +56,8 @@ def test_a_clip_against_itself_has_the_best_quality_there_is(package, best):
 
 def test_errors_are_counted_without_letting_one_hallucination_decide(monkeypatch):
     said = {"original": ["syv", "otte", "ni"], "coded": ["7", "Danske tekster af Nicolai Winther", "ni"]}
-    monkeypatch.setattr(judge_judges, "transcribe", lambda asr, wavs: said["original" if wavs[0].any() else "coded"])
-    monkeypatch.setattr(judge_judges, "identify_languages", lambda lid, wavs: [{"da": 1.0}] * len(wavs))
+    monkeypatch.setattr(intelligibility, "transcribe", lambda asr, wavs: said["original" if wavs[0].any() else "coded"])
+    monkeypatch.setattr(intelligibility, "identify_languages", lambda lid, wavs: [{"da": 1.0}] * len(wavs))
     clips = [CodedClip({"text": text, "audio_path": f"{text}.wav"}, np.ones(9600, np.float32),
                                 {"coded": np.zeros(9600, np.float32)}, (70.0, 300.0), 120.0) for text in said["original"]]
     heard = intelligibility.measure_sounds(clips, None, None, "da", ["coded"])
