@@ -6,7 +6,7 @@ import pytest
 from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from csm_nb.languages import LANGUAGES, get_language
-from csm_nb.phonemes.ipa import _load_backend
+from csm_nb.phonemes.ipa import load_backend
 
 NEIGHBOURS = ("no", "sv", "da")
 
@@ -30,7 +30,7 @@ def test_yaml_s_false_for_no_is_explained():
 def test_whisper_and_espeak_have_every_language():
     assert {language.whisper for language in LANGUAGES.values()} <= set(WHISPER_LANGUAGES.values())
     for language in LANGUAGES.values():
-        assert language.espeak in _load_backend(language.espeak).supported_languages()
+        assert language.espeak in load_backend(language.espeak).supported_languages()
 
 
 def test_no_label_counts_as_two_languages():

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, MimiModel
 from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose1d
 
-from csm_nb.codec.mimi import _check_causal, _check_codebooks, _check_codes, _check_samples
+from csm_nb.codec.mimi import check_causal, check_codebooks, check_codes, check_samples
 
 
 @torch.inference_mode()
@@ -18,11 +18,11 @@ def encode_stream(codec, chunks, num_codebooks: int | None = None):
     so that some give no frames. What waits at the end is filled up with zeros and yielded last. Streams can go on side
     by side. Raises ValueError as `encode` does, while it is iterated over.
     """
-    _check_codebooks(codec, num_codebooks)
-    _check_causal(codec)
+    check_codebooks(codec, num_codebooks)
+    check_causal(codec)
     size, state, waiting = codec.config.frame_size, None, np.zeros(0, np.float32)
     for number, chunk in enumerate(chunks):
-        waiting = np.concatenate([waiting, _check_samples(f"chunk {number}", chunk)])
+        waiting = np.concatenate([waiting, check_samples(f"chunk {number}", chunk)])
         whole = len(waiting) // size * size
         codes, state = _encode_next(codec, waiting[:whole], num_codebooks, state)
         waiting = waiting[whole:]
@@ -38,10 +38,10 @@ def decode_stream(codec, chunks):
     Together they are what `decode` gives, to rounding. Streams can go on side by side. Raises ValueError as `decode` does,
     while it is iterated over.
     """
-    _check_causal(codec)
+    check_causal(codec)
     state = None
     for number, chunk in enumerate(chunks):
-        codes = _check_codes(codec, f"chunk {number}", chunk)
+        codes = check_codes(codec, f"chunk {number}", chunk)
         wav, state = _decode_next(codec, codes, state) if codes.size else (np.zeros(0, np.float32), state)
         yield wav
 

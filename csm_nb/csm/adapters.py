@@ -18,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, BaseModelError, _inner, tie_codebooks
+from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, BaseModelError, inner_model, tie_codebooks
 from csm_nb.csm.speakers import read_speakers, set_speakers
 from csm_nb.csm.weights import hash_weights
 from csm_nb.recipe import TRAINED
@@ -180,7 +180,7 @@ def describe_base(model) -> dict:
 
     The hash is that of the checkpoint which load_base read (hash_weights), "" for a model that was made otherwise.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     config = inner.config
     return {
         "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "codebooks": config.num_codebooks,
@@ -197,7 +197,7 @@ def train_fully(model, text_embeddings: bool = True):
     Load it in float32 for this: a bfloat16 weight takes no step that is smaller than 1/256 of it. 16 bytes per parameter
     with AdamW, 25 GB for CSM-1B. Raises BaseModelError for a model in 4 bits or with an adapter on it.
     """
-    _check_whole(model, "trained fully")
+    check_whole(model, "trained fully")
     model.loaded_from = None  # soon it is another base than the one in that folder
     model.requires_grad_(True)
     model.codec_model.requires_grad_(False)
@@ -205,7 +205,8 @@ def train_fully(model, text_embeddings: bool = True):
     return model
 
 
-def _check_whole(model, what):
+def check_whole(model, what: str) -> None:
+    """Raise BaseModelError for a model in 4 bits or with an adapter on it, which can not be `what` ("saved whole")."""
     if isinstance(model, PeftModel):
         raise BaseModelError(f"a model with an adapter on it can not be {what}; use it without (load_base), or save_adapter")
     if getattr(model, "is_loaded_in_4bit", False):

@@ -57,7 +57,7 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: st
         )
         number = torch.device(device).index
         options["device_map"] = {"": torch.cuda.current_device() if number is None else number}  # accelerate wants a number
-    with _quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by prove_model
+    with quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by prove_model
         if backend == "unsloth":
             model, missing = _load_unsloth(path, options, four_bit), {DEPTH_TABLE}
         else:
@@ -112,7 +112,8 @@ def _load_unsloth(path, options, four_bit):
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
+def quiet_transformers():
+    """Keep transformers' warnings and progress bars away while open."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -142,7 +143,8 @@ def tie_codebooks(model, missing_keys=()) -> str:
     return "depth decoder" if kept is depth else "backbone"
 
 
-def _inner(model):
+def inner_model(model):
+    """Return the CSM model itself, without an adapter's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 
 from csm_nb.cards import write_card
-from csm_nb.csm.adapters import _check_whole, describe_adapter, describe_base
-from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, _inner, _quiet_transformers, tie_codebooks
+from csm_nb.csm.adapters import check_whole, describe_adapter, describe_base
+from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, inner_model, quiet_transformers, tie_codebooks
 from csm_nb.csm.speakers import get_speakers, list_speakers, pick_voice
 from csm_nb.csm.weights import list_tensors
 from csm_nb.paths import show_path
@@ -66,14 +66,14 @@ def save_base(model, processor, folder, dtype: torch.dtype | None = torch.bfloat
 
 
 def _write_base(model, processor, folder, dtype, codec_dtype=None):
-    _check_whole(model, "saved whole")
+    check_whole(model, "saved whole")
     tie_codebooks(model)  # or there is no leaving out one of the two
     state = {}
     for name, value in model.state_dict().items():
         if name != DEPTH_TABLE:
             wanted = codec_dtype if name.startswith("codec_model.") else dtype
             state[name] = value.to("cpu", wanted if value.is_floating_point() else None)
-    with _quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
 
@@ -98,7 +98,7 @@ def _write_folder(folder):
 
 
 def _write_card(folder, place, model, card, base_id):
-    adapter, inner, speakers = isinstance(model, PeftModel), _inner(model), get_speakers(model)
+    adapter, inner, speakers = isinstance(model, PeftModel), inner_model(model), get_speakers(model)
     table = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model)
     table |= {"speakers": list_speakers(speakers) or "not stated"}
     table |= {"sampling rate": f"{inner.codec_model.config.sampling_rate} Hz"}

@@ -103,7 +103,8 @@ def read_lexicon(path) -> dict[str, str]:
 
 
 @functools.cache
-def _load_backend(voice: str) -> EspeakBackend:
+def load_backend(voice: str) -> EspeakBackend:
+    """Return phonemizer's backend of one of espeak-ng's voices, with the data that espeakng_loader brings."""
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path("")  # it would resolve the short path that espeak-ng needs
     os.environ.pop("PHONEMIZER_ESPEAK_DATA_PATH", None)
@@ -113,7 +114,7 @@ def _load_backend(voice: str) -> EspeakBackend:
 
 def _ask_espeak(words: list[str], language: str) -> Iterator[str]:
     """Return IPA of single words by espeak-ng, in one call, mended where its phonemes are known to be wrong."""
-    spoken = _load_backend(get_language(language).espeak).phonemize(words, strip=True) if words else []
+    spoken = load_backend(get_language(language).espeak).phonemize(words, strip=True) if words else []
     for word, ipa in zip(words, spoken, strict=True):
         ipa = unicodedata.normalize("NFC", ipa).translate(_LEAKS).replace(" ", "")
         if language == "da":

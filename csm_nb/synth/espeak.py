@@ -71,10 +71,11 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
 
 def speak_phonemes(text: str, language: str, voice: Voice = VOICES[0]) -> tuple[np.ndarray, list[tuple[float, str]]]:
     """Return speak_text's samples, and where each phoneme of it starts: [(seconds, IPA)], with "" for a pause."""
-    return _speak(espeak_ng.load_library(), text, language, voice)
+    return speak_with(espeak_ng.load_library(), text, language, voice)
 
 
-def _speak(loaded, text, language, voice):
+def speak_with(loaded, text: str, language: str, voice: Voice):
+    """Return what speak_phonemes does, by a library that is `loaded` (espeak_ng.load_library) once for many texts."""
     if not text.strip():
         raise ValueError("the text to speak is empty")
     library, sample_rate = loaded
