@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CsmConfig,
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from csm_nb.csm.load import DEPTH_TABLE, tie_codebooks
+from csm_nb.csm.save import save_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini.base import CHAT_TEMPLATE
 from csm_nb.text.sentences import make_sentences
@@ -66,22 +66,6 @@ def build_model(config: CsmConfig, seed: int = 0) -> CsmForConditionalGeneration
     return model.eval()
 
 
-def save_folder(model, processor, folder) -> Path:
-    """Writes `folder` as a published CSM is laid out, with one of the two codebook tables, and returns it.
-
-    The weights come last and under their name only when whole: a folder that has them is complete.
-    """
-    folder = Path(folder)
-    model.save_pretrained(folder, state_dict={})
-    processor.save_pretrained(folder)
-    for stale in folder.glob("*.safetensors*"):
-        stale.unlink()
-    state = {name: value.contiguous() for name, value in model.state_dict().items() if name != DEPTH_TABLE}
-    save_file(state, folder / "partial", metadata={"format": "pt"})
-    (folder / "partial").rename(folder / "model.safetensors")
-    return folder
-
-
 def make_folder(folder, seed: int = 0) -> Path:
     """The random CSM-1B in `folder`, written when it is not there yet."""
     if (Path(folder) / "model.safetensors").exists():
@@ -89,7 +73,7 @@ def make_folder(folder, seed: int = 0) -> Path:
     logging.set_verbosity_error()  # of ids of text tokens, which it holds against the size of the audio vocabulary
     logging.disable_progress_bar()
     config = CsmConfig()  # transformers' defaults are CSM-1B's sizes, Mimi's inside included
-    return save_folder(build_model(config, seed), build_processor(config), folder)
+    return save_base(build_model(config, seed), build_processor(config), folder, dtype=None)
 
 
 def main():

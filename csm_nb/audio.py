@@ -56,7 +56,8 @@ def resample(wav, from_rate: int, to_rate: int) -> np.ndarray:
     return functional.resample(torch.from_numpy(wav.copy()), int(from_rate), int(to_rate)).numpy()
 
 
-def check_wav(wav, name):
+def check_wav(wav, name: str) -> np.ndarray:
+    """Return samples as float32; raise AudioError, with the `name` of what holds them, unless one row of finite numbers."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1 or len(wav) == 0:
         raise AudioError(f"{name}: found samples of shape {wav.shape}; allowed is one row with at least one sample")

@@ -1,12 +1,18 @@
 """The card of a trained model: what it is, and an example that speaks with it, run as it stands."""
 
+import re
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from csm_nb import paths
+from csm_nb.hub import find_model, is_hub_id
 from csm_nb.languages import LANGUAGES
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import describe_commit
 
+# Ids of the hub that a corpus' licence may have; it has no other place for one than "other" and a name
+LICENCES = r"cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.[05]|apache-2\.0|mit|odc-by|odbl|pddl|[al]?gpl-[23]\.[01]|unknown|other"
 LONGEST = 20  # s; what the example may take, far above its one sentence
 
 
@@ -16,7 +22,7 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     `voice` is the speaker of the example; its text is a probe of the language that `table` says it reads, or is of.
     `tables` are the codebook table to tie in the base after loading, and the one to tie it to.
     """
-    base, place, commit = _shorten(base_id) if base_id else "unknown", Path(place), describe_commit(paths.ROOT)
+    place, commit = Path(place), describe_commit(paths.ROOT)
     table = table | {"csm-nb commit": f"{commit['commit'] or 'unknown'}{' and uncommitted changes' if commit['dirty'] else ''}"}
     rows = "\n".join(f"| {key} | {_shorten(value, 2) if _is_path(value) else value} |" for key, value in table.items())
     language = table.get("reads", table.get("language"))
@@ -25,12 +31,7 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     start, adapter_on_it = (_find("BASE", base_id or "unknown"), trained) if adapter else (trained, "")
     here = "" if "root / " in trained else f" It looks for `{_shorten(place)}` in the folder that it is run in."
     example = write_example(start, adapter_on_it, text, voice, tables)
-    (Path(folder) / "README.md").write_text(f"""---
-library_name: {"peft" if adapter else "transformers"}
-base_model: {base}
-tags: [text-to-speech, csm{", lora" if adapter else ""}]
----
-# {place.name}
+    save_card(folder, f"""# {place.name}
 
 | what | value |
 | --- | --- |
@@ -46,7 +47,29 @@ two equal codebook tables, and transformers 5.17 fills the other with random num
 ```python
 {example}
 ```
-""", encoding="utf-8")
+""", library_name="peft" if adapter else "transformers", language=language if language in LANGUAGES else None,
+        **name_licence(table.get("licence", "")), base_model=base_id if is_hub_id(base_id) else None,
+        pipeline_tag="text-to-speech", tags=["csm", "lora"] if adapter else ["csm"])
+
+
+def save_card(folder, text: str, **header) -> Path:
+    """Write `folder`/README.md of `text` below a header of huggingface_hub.ModelCardData's fields; return its path."""
+    path = Path(folder) / "README.md"
+    ModelCard(f"---\n{ModelCardData(**header).to_yaml()}\n---\n{text}").save(path)
+    return path
+
+
+def name_licence(said: str) -> dict[str, str]:
+    """Return a card's fields `license`, and `license_name` for one that the hub has no id for; "unknown" where none is said.
+
+    `said` is what a corpus calls it: "of the data: CC BY 4.0" is cc-by-4.0 on the hub.
+    """
+    said = said.removeprefix("of the data: ").strip()
+    if said in ("", "not stated", "synthetic speech"):
+        return {"license": "unknown"}
+    name = re.sub(r"[^\w.]+|_", "-", said.lower()).strip("-")
+    name = {"cc0": "cc0-1.0"}.get(name, name)
+    return {"license": name} if re.fullmatch(LICENCES, name) else {"license": "other", "license_name": name}
 
 
 def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[str, str]) -> str:
@@ -58,14 +81,15 @@ def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[
         peft, attach = "from peft import PeftModel\n", "\nmodel = PeftModel.from_pretrained(model, adapter)"
     missing, kept = (f"model.{table}" for table in tables)
     return f"""import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import soundfile
 {peft}from transformers import AutoProcessor, CsmForConditionalGeneration
 
-package = find_spec("csm_nb")
-root = Path(package.origin).parents[1] if package else Path()  # the folder of csm-nb
+try:
+    from csm_nb.paths import ROOT as root  # the folder of csm-nb
+except (ImportError, FileNotFoundError):  # not installed, or run outside of its folder
+    root = Path()
 {load}
 model = CsmForConditionalGeneration.from_pretrained({name}, dtype="float32")
 {missing} = \\
@@ -81,10 +105,8 @@ print("speech.wav:", text)"""
 
 
 def _find(variable, place):
-    """Code for a folder: below csm-nb's, or as it stands (a hub id, a folder where the example runs); the variable overrules."""
-    below_models = f"models/{Path(place).name}"
-    if resolve_path(below_models).is_dir() and not resolve_path(place).exists():  # a hub id of which there is a copy
-        place = below_models
+    """Return code for a folder: below csm-nb's, or as it stands (a hub id, one where it runs); the variable overrules."""
+    place = find_model(place) or place  # of a hub id there may be a copy
     inside = not Path(show_path(place)).is_absolute() and resolve_path(place).parent.is_dir()
     return f'os.environ.get("{variable}", {"root / " if inside else ""}"{_shorten(place)}")'
 
@@ -94,6 +116,6 @@ def _is_path(value):
 
 
 def _shorten(place, parts=1):
-    """A folder below the project's root relative to it, of others the end only: no card tells where its maker keeps things."""
+    """Return a folder relative to the project's root, of others the end only: no card tells where its maker keeps things."""
     shown = Path(show_path(place))
     return "/".join(shown.parts[-parts:]) if shown.is_absolute() else str(shown)

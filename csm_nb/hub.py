@@ -175,7 +175,7 @@ def list_missing(settings) -> list[str]:
 
 
 def _list_named(settings):
-    """(parameter, model, whether moshi reads it), each once."""
+    """Return (parameter, model, whether moshi reads it), each once."""
     return dict.fromkeys((key, name, key == "codec_model" and "moshi" in params.values())
                          for params in settings for key, names in list_models(params).items() for name in names)
 

@@ -1,4 +1,4 @@
-"""The one table of languages: what every other tool calls a language, its neighbours, traits and probe sentences."""
+"""The one table of languages: what every other tool calls a language, its traits and probe sentences."""
 
 import re
 import unicodedata
@@ -10,9 +10,9 @@ class Language:
     """One language. `code` (ISO 639-1) is the name used everywhere here, the other fields are what each tool calls it.
 
     `mms_lid` are the labels of facebook/mms-lid-126 that count as this language, `azure` is the locale of Azure's
-    voices, `asr` the hub id of the recogniser to judge with, `neighbours` the languages it is most likely to be taken
-    for, `traits` what needs a measurement of its own ("stod", "pitch_accent"), `probes` short sentences that a
-    neighbour would say in other words; they are never among the sentences of `csm_nb.texts`.
+    voices, `asr` the hub id of the recogniser to judge with, `traits` what needs a measurement of its own ("stod",
+    "pitch_accent"), `probes` short sentences that a neighbouring language would say in other words; they are never among
+    the sentences of text.sentences. Which languages are neighbours a language's params say (`compare`).
     """
 
     code: str
@@ -23,7 +23,6 @@ class Language:
     mms_lid: tuple[str, ...]
     azure: str
     asr: str
-    neighbours: tuple[str, ...]
     traits: tuple[str, ...]
     probes: tuple[str, ...]
 
@@ -36,7 +35,7 @@ LANGUAGES = {
     language.code: language
     for language in (
         Language(
-            "en", "English", "eng", "en-us", "english", ("eng",), "en-US", WHISPER, ("nl", "de"), (),
+            "en", "English", "eng", "en-us", "english", ("eng",), "en-US", WHISPER, (),
             (
                 "I do not know what that is.", "Where does she live now?", "The weather was lovely yesterday.",
                 "Could you say that again?", "They think this is theirs.", "What would you like for breakfast?",
@@ -45,7 +44,7 @@ LANGUAGES = {
         ),
         Language(
             "no", "Norwegian", "nob", "nb", "norwegian", ("nob", "nno"), "nb-NO", "NbAiLab/nb-whisper-large",
-            ("da", "sv"), ("pitch_accent",),
+            ("pitch_accent",),
             (
                 "Jeg vet ikke hva det er.", "Hvor mye koster denne boka?", "Kan du hjelpe meg nå?",
                 "Kjæresten min kjøper ei skjorte.", "Hun kommer hjem i kveld.", "Hvorfor gråter den lille jenta?",
@@ -54,7 +53,7 @@ LANGUAGES = {
         ),
         Language(
             "sv", "Swedish", "swe", "sv", "swedish", ("swe",), "sv-SE", "KBLab/kb-whisper-large",
-            ("no", "da"), ("pitch_accent",),
+            ("pitch_accent",),
             (
                 "Jag vet inte vad det är.", "Hur mycket kostar den här boken?", "Kan du hjälpa mig nu?",
                 "Min flickvän köper en skjorta.", "Hon kommer hem i kväll.", "Varför gråter den lilla flickan?",
@@ -63,7 +62,7 @@ LANGUAGES = {
         ),
         Language(
             "da", "Danish", "dan", "da", "danish", ("dan",), "da-DK", "CoRal-project/roest-v1-whisper-1.5b",
-            ("no", "sv"), ("stod",),
+            ("stod",),
             (
                 "Jeg ved ikke hvad det er.", "Hvor meget koster den her bog?", "Kan du hjælpe mig nu?",
                 "Min kæreste køber en skjorte.", "Hun kommer hjem i aften.", "Hvorfor græder den lille pige?",
@@ -71,7 +70,7 @@ LANGUAGES = {
             ),
         ),
         Language(
-            "de", "German", "deu", "de", "german", ("deu",), "de-DE", WHISPER, ("nl",), (),
+            "de", "German", "deu", "de", "german", ("deu",), "de-DE", WHISPER, (),
             (
                 "Ich weiß nicht, was das ist.", "Wie viel kostet dieses Buch?", "Kannst du mir jetzt helfen?",
                 "Meine Schwester kauft ein Hemd.", "Sie kommt heute Abend nach Hause.",
@@ -79,7 +78,7 @@ LANGUAGES = {
             ),
         ),
         Language(
-            "fr", "French", "fra", "fr-fr", "french", ("fra",), "fr-FR", WHISPER, ("it", "es"), (),
+            "fr", "French", "fra", "fr-fr", "french", ("fra",), "fr-FR", WHISPER, (),
             (
                 "Je ne sais pas.", "Combien coûte ce livre ?", "Tu peux m'aider maintenant ?",
                 "Ma sœur achète une chemise.", "Elle rentre ce soir.", "Pourquoi la petite fille pleure ?",
@@ -87,7 +86,7 @@ LANGUAGES = {
             ),
         ),
         Language(
-            "es", "Spanish", "spa", "es", "spanish", ("spa",), "es-ES", WHISPER, ("it", "fr"), (),
+            "es", "Spanish", "spa", "es", "spanish", ("spa",), "es-ES", WHISPER, (),
             (
                 "No sé qué es eso.", "¿Cuánto cuesta este libro?", "¿Puedes ayudarme ahora?",
                 "Mi hermana compra una camisa.", "Ella vuelve a casa esta noche.", "¿Por qué llora la niña?",
@@ -95,7 +94,7 @@ LANGUAGES = {
             ),
         ),
         Language(
-            "nl", "Dutch", "nld", "nl", "dutch", ("nld",), "nl-NL", WHISPER, ("de", "en"), (),
+            "nl", "Dutch", "nld", "nl", "dutch", ("nld",), "nl-NL", WHISPER, (),
             (
                 "Ik weet niet wat dat is.", "Hoeveel kost dit boek?", "Kun je me nu helpen?",
                 "Mijn zus koopt een overhemd.", "Ze komt vanavond naar huis.", "Waarom huilt het meisje?",
@@ -103,7 +102,7 @@ LANGUAGES = {
             ),
         ),
         Language(
-            "it", "Italian", "ita", "it", "italian", ("ita",), "it-IT", WHISPER, ("es", "fr"), (),
+            "it", "Italian", "ita", "it", "italian", ("ita",), "it-IT", WHISPER, (),
             (
                 "Non so che cosa sia.", "Quanto costa questo libro?", "Puoi aiutarmi adesso?",
                 "Mia sorella compra una camicia.", "Lei torna a casa stasera.", "Perché piange la bambina?",
@@ -111,7 +110,7 @@ LANGUAGES = {
             ),
         ),
         Language(
-            "pl", "Polish", "pol", "pl", "polish", ("pol",), "pl-PL", WHISPER, ("de",), (),
+            "pl", "Polish", "pol", "pl", "polish", ("pol",), "pl-PL", WHISPER, (),
             (
                 "Nie wiem, co to jest.", "Ile kosztuje ta książka?", "Czy możesz mi teraz pomóc?",
                 "Moja siostra kupuje koszulę.", "Ona wraca dziś wieczorem.", "Dlaczego dziewczynka płacze?",
@@ -123,7 +122,7 @@ LANGUAGES = {
 
 
 def get_language(code: str) -> Language:
-    """The row of the table for `code`. Raises ValueError naming the codes there are."""
+    """Return the row of the table for `code`. Raises ValueError naming the codes there are."""
     if code not in LANGUAGES:
         hint = ' (a bare no in YAML is false: write "no")' if code is False else ""
         raise ValueError(f"unknown language {code!r}{hint}; one of {', '.join(LANGUAGES)}")

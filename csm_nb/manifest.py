@@ -52,7 +52,7 @@ def read_manifest(path) -> list[dict]:
 
 
 def _convert_row(row):
-    """A manifest's line by SCHEMA; ValueError with the fields that are missing or of another kind."""
+    """Convert a manifest's line by SCHEMA; raise ValueError with the fields that are missing or of another kind."""
     row = row if isinstance(row, dict) else {}
     row = {field: None if value != value else value for field, value in row.items()}  # NaN is how pandas writes a gap
     lacking = [field for field in REQUIRED if field not in row or row[field] is None and field != "text"]

@@ -4,8 +4,26 @@ from pathlib import Path
 
 from csm_nb.clean import find_file
 
+
+def find_project(package: Path, start: Path) -> Path:
+    """Return the project's root: the folder above `package` if it holds notebooks/, else the nearest from `start` upwards.
+
+    Those have to hold notebooks/ and params/: a package that was installed as a wheel has neither beside it. Raises
+    FileNotFoundError where there is no such folder.
+    """
+    if (package.parent / "notebooks").is_dir():
+        return package.parent
+    for folder in (start, *start.parents):
+        if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"csm_nb is installed in {package}, and no project was found: neither {start} nor a folder above it holds notebooks/ and "
+        "params/. Change into a checkout of csm-nb, or copy its folders notebooks, params and models to where you work"
+    )
+
+
 PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parent
+ROOT = find_project(PACKAGE, Path.cwd())
 NOTEBOOKS = ROOT / "notebooks"
 TRAINING = ("01_anchor", "02_synthetic", "03_adapter")  # the stages that leave an adapter
 STAGES = ("00_mimi_sanity", "01_anchor", "02_synthetic", "03_adapter", "04_confusion", "05_phonemes")

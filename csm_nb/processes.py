@@ -24,8 +24,10 @@ def identify_process(pid: int | None = None) -> list:
 
 
 def is_running(identity) -> bool:
-    """Return whether the process of `identity` ([id, start time], or None) is at work. A zombie has ended: it only waits for
-    its parent to ask how, and in many containers nobody ever asks."""
+    """Return whether the process of `identity` ([id, start time], or None) is at work.
+
+    A zombie has ended: it only waits for its parent to ask how, and in many containers nobody ever asks.
+    """
     return _find_process(identity) is not None
 
 
@@ -65,7 +67,7 @@ def end_processes(identities, seconds: float = 5.0) -> list[int]:
 
 
 def _wait_for(processes, seconds):
-    """Those that still run after `seconds`. psutil.wait_procs waits for a zombie as well."""
+    """Return those that still run after `seconds`. psutil.wait_procs waits for a zombie as well."""
     waiting = [identify_process(process.pid) for process in processes]
     for _ in range(int(seconds / 0.05)):
         waiting = [identity for identity in waiting if is_running(identity)]
@@ -76,8 +78,10 @@ def _wait_for(processes, seconds):
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use: of the machine's, those it may run on, and no more than its container's
-    quota pays for (a quota of 1.5 cores is one: threads beyond it are stopped in the middle of a step)."""
+    """Return how many cores this process may use: those it may run on, and no more than its container's quota pays for.
+
+    A quota of 1.5 cores is one: threads beyond it are stopped in the middle of a step.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, int(read_quota())))
 
@@ -108,7 +112,7 @@ def read_memory_left() -> int | None:
 
 
 def _list_groups(controller):
-    """The folders of this process's control groups for a controller, of cgroup v2 and v1: its own and all above it.
+    """Return the folders of this process's control groups for a controller, of cgroup v2 and v1: its own and all above.
 
     A container often sees its own group as the root, and under a name that is another outside: what is not there is skipped.
     """

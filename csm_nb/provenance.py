@@ -1,6 +1,7 @@
 """What a result came from: hashes of files, recordings and code; the commit, versions and machine; the JSON records."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -153,11 +154,25 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+@contextlib.contextmanager
+def replace_file(path: Path):
+    """Yield a path beside `path` to write to, which takes its place at the end: a reader finds the old file or the new one.
+
+    Where the writing fails, the old file stays as it was and what was written goes.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one; NumPy values as plain ones, NaN as null."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write JSON by replace_file, NumPy values as plain ones and NaN as null."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with replace_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _plain(value):

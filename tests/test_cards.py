@@ -10,10 +10,11 @@ import sys
 import pytest
 import soundfile
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from csm_nb import paths
-from csm_nb.cards import write_card, write_example
+from csm_nb.cards import name_licence, write_card, write_example
 from csm_nb.csm.adapters import add_adapter, load_adapter, start_training, train_fully
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, load_base
 from csm_nb.csm.save import save_adapter, save_full
@@ -52,7 +53,8 @@ def project(tmp_path_factory):
     """A project of its own, with an adapter and a fully trained model where 03 leaves them, and an adapter elsewhere."""
     root = tmp_path_factory.mktemp("project")
     (root / "models").mkdir()
-    (root / "csm_nb").symlink_to(ROOT / "csm_nb")
+    (root / "notebooks").mkdir()
+    shutil.copytree(ROOT / "csm_nb", root / "csm_nb", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "models/csm-mini").symlink_to(ROOT / "models/csm-mini")
     (root / "elsewhere").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -122,12 +124,34 @@ def test_a_card_names_no_folder_of_this_machine(project, tmp_path):
 
 
 @pytest.mark.parametrize(("base", "found"), [
-    ("sesame/csm-mini", 'root / "models/csm-mini"'), ("sesame/csm-1b", '"sesame/csm-1b"'),
+    ("sesame/csm-copied", 'root / "models/csm-copied"'), ("sesame/csm-1b", '"sesame/csm-1b"'),
     ("models/csm-mini", 'root / "models/csm-mini"'), ("/somewhere/csm-own", '"csm-own"'),
 ])
-def test_a_base_is_looked_for_where_it_lies(base, found, tmp_path):
+def test_a_base_is_looked_for_where_it_lies(base, found, project, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", project)
+    (project / "models/csm-copied").mkdir(exist_ok=True)
     write_card(tmp_path, tmp_path / "lora_no", {}, base, True, "0", (DEPTH_TABLE, BACKBONE_TABLE))
     assert f'base = os.environ.get("BASE", {found})\n' in (tmp_path / "README.md").read_text()
+
+
+def test_the_header_of_a_card_is_what_the_hub_reads(project, tmp_path):
+    data = ModelCard.load(project / "models/lora_no/README.md").data
+    assert (data.language, data.library_name, data.license, data.base_model) == ("no", "peft", "unknown", None)
+    assert data.tags == ["csm", "lora"] and data.pipeline_tag == "text-to-speech"
+    data = ModelCard.load(project / "models/full_no/README.md").data
+    assert (data.library_name, data.license, data.tags) == ("transformers", "cc0-1.0", ["csm"])
+    write_card(tmp_path, tmp_path / "lora_da", {"language": "da", "reads": "en"}, "sesame/csm-1b", True, "0", ("a", "b"))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.language) == ("sesame/csm-1b", "en")
+
+
+@pytest.mark.parametrize(("said", "fields"), [
+    ("of the data: not stated", {"license": "unknown"}), ("of the data: synthetic speech", {"license": "unknown"}),
+    ("of the data: CC BY 4.0", {"license": "cc-by-4.0"}), ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
+    ("of the data: NST, ours alone", {"license": "other", "license_name": "nst-ours-alone"}),
+])
+def test_a_licence_is_written_as_the_hub_calls_it_or_named(said, fields):
+    assert name_licence(said) == fields
 
 
 def test_a_card_outside_the_project_says_where_its_example_looks(tmp_path):

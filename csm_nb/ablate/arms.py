@@ -182,7 +182,7 @@ def choose_arms(names=()) -> list[Arm]:
 
 
 def _plan_stages(arm, language, seed, params, changed, shared):
-    """The tasks of one training; `shared` holds those of other arms by what they do and what they go on from."""
+    """Return the tasks of one training; `shared` holds those of other arms by what they do and what they go on from."""
     root = Path(params[JUDGING]["runs_dir"]) / "ablate"
     places = {"runs_dir": str(root / "runs"), "adapters_dir": str(root / "models" / name_folder(arm.name) / f"seed-{seed}")}
     tasks, before, key = {}, [], ""

@@ -163,7 +163,7 @@ def _describe_seeds(trainings):
 
 
 def _describe_changes(training):
-    """What an arm sets otherwise than the workbook would, stage by stage, and where its runs are."""
+    """Say what an arm sets otherwise than the workbook would, stage by stage, and where its runs are."""
     own = ("runs_dir", "adapters_dir", "compare", "seed", "choice", "init_adapter")  # of every arm, or told by its stages
     parts = []
     for stage, task in training.tasks.items():

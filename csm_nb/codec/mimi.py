@@ -85,7 +85,7 @@ def fingerprint_codec(codec) -> str:
 
 
 def frame_rate(codec) -> float:
-    """Return how many frames of codes a codec makes a second (12.5 for Mimi)."""
+    """Return how many frames of codes a codec makes per second (12.5 for Mimi)."""
     return codec.config.sampling_rate / codec.config.frame_size
 
 
@@ -98,9 +98,9 @@ def encode(codec, wavs, num_codebooks: int | None = None) -> list[np.ndarray]:
     instead; the last, partly filled frame can differ from this.) `num_codebooks` takes the first ones, default all.
     Raises ValueError for a clip without samples or with NaN, and for more codebooks than there are.
     """
-    _check_codebooks(codec, num_codebooks)
+    check_codebooks(codec, num_codebooks)
     size = codec.config.frame_size
-    wavs = [_check_samples(f"clip {number}", wav) for number, wav in enumerate(wavs)]
+    wavs = [check_samples(f"clip {number}", wav) for number, wav in enumerate(wavs)]
     codes = [None] * len(wavs)
     for batch in _batch_equals(codec, [-(-len(wav) // size) for wav in wavs]):
         frames = -(-len(wavs[batch[0]]) // size)
@@ -119,7 +119,7 @@ def decode(codec, codes) -> list[np.ndarray]:
     Fewer codebooks than the codec has are allowed: the first ones, at lower quality. No frames give no samples. Raises
     ValueError for another shape or for a code that is not in the codebooks.
     """
-    codes = [_check_codes(codec, f"codes {number}", code) for number, code in enumerate(codes)]
+    codes = [check_codes(codec, f"codes {number}", code) for number, code in enumerate(codes)]
     wavs = [np.zeros(0, np.float32)] * len(codes)
     for batch in _batch_equals(codec, [code.shape for code in codes]):
         if codes[batch[0]].size == 0:
@@ -135,36 +135,40 @@ def round_trip(codec, wav, num_codebooks: int | None = None) -> np.ndarray:
     return decode(codec, encode(codec, [wav], num_codebooks))[0][: len(wav)]
 
 
-def _check_samples(name, wav):
+def check_samples(name: str, wav) -> np.ndarray:
+    """Return samples as float32; raise ValueError, with their `name`, unless they are one row of finite numbers."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1 or len(wav) == 0 or not np.isfinite(wav).all():
         raise ValueError(f"{name}: shape {wav.shape}, or NaN in it; allowed is one row of finite samples")
     return wav
 
 
-def _check_codes(codec, name, codes):
+def check_codes(codec, name: str, codes) -> np.ndarray:
+    """Return codes (frames, codebooks) as int64; raise ValueError, with their `name`, for another shape or values."""
     codes, limit = np.asarray(codes).astype(np.int64), codec.config.codebook_size
     if codes.ndim != 2:
         raise ValueError(f"{name}: shape {codes.shape}; allowed is (frames, codebooks)")
-    _check_codebooks(codec, codes.shape[1])
+    check_codebooks(codec, codes.shape[1])
     if codes.size and not 0 <= codes.min() <= codes.max() < limit:
         raise ValueError(f"{name}: values from {codes.min()} to {codes.max()}; allowed are 0 to {limit - 1}")
     return codes
 
 
-def _check_causal(codec):
+def check_causal(codec) -> None:
+    """Raise ValueError for a codec that looks ahead, and so can not be streamed."""
     if not codec.config.use_causal_conv or codec.config.trim_right_ratio != 1:
         raise ValueError("this codec's convolutions look ahead (use_causal_conv, trim_right_ratio); it can not be streamed")
 
 
-def _check_codebooks(codec, num_codebooks):
+def check_codebooks(codec, num_codebooks: int | None) -> None:
+    """Raise ValueError for a number of codebooks that the codec does not have; None is all of them."""
     least, most = codec.config.num_semantic_quantizers, codec.config.num_quantizers
     if num_codebooks is not None and not least <= num_codebooks <= most:
         raise ValueError(f"codebooks: found {num_codebooks}; this codec has {least} to {most}")
 
 
 def _batch_equals(codec, shapes):
-    """Indices in batches of equal shape (frames, or (frames, codebooks)), BATCH_SECONDS of audio each at most."""
+    """Return indices in batches of equal shape (frames, or (frames, codebooks)), BATCH_SECONDS of audio each at most."""
     limit = frame_rate(codec) * BATCH_SECONDS.get(codec.device.type, 60)
     groups = defaultdict(list)
     for i, shape in enumerate(shapes):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MimiConfig, MimiModel
 
-from csm_nb.hub import ModelError, fetch_model, find_fault, find_model
+from csm_nb.hub import ModelError, fetch_model, find_fault, find_model, is_hub_id, place_model
 from csm_nb.paths import resolve_path
 
 _RENAMED = [  # a part of a name in moshi's checkpoint, in transformers'
@@ -42,7 +42,7 @@ class MoshiCodec(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return next(self.mimi.parameters()).device
 
     def encode(self, values, num_quantizers: int | None = None):
@@ -142,17 +142,17 @@ def _read_json(model, folder, name):
 
 
 def _find_file(model, folder, name):
-    """The file `name` of a folder, or of the hub's copy; None where the folder (or the hub's config.json) is not there."""
+    """Return the file `name` of a folder, or of the hub's copy; None where the folder (or the hub's config.json) is not there."""
     if folder is not None:
         return folder / name if (folder / name).is_file() else None
-    if str(model).startswith(("models/", "/", ".", "~")) or str(model).count("/") != 1:
+    if not is_hub_id(model):
         fetch_model(model)  # says which folders there are
     try:
         return Path(hf_hub_download(str(model), name, etag_timeout=5))
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if name == "config.json" and isinstance(error, EntryNotFoundError):  # the first checkpoints have none
             return None
-        place = f"models/{str(model).split('/')[-1]}"
+        place = place_model(model)
         raise ModelError(
             f"{model} is a hub id, and the hub gave no {name} of it ({type(error).__name__}). Where there is a network run\n"
             f'    hf download {model} --include "*.json" --include "{name}" --local-dir {place}\n'
@@ -193,7 +193,7 @@ def convert_config(sizes: dict | None) -> MimiConfig:
         raise ModelError(f"the checkpoint's mimi_config has no {error}; see moshi.models.loaders for a whole one") from error
     if config.frame_rate != sizes["frame_rate"]:
         raise ModelError(
-            f"mimi_config: frame_rate {sizes['frame_rate']}; {config.frame_rate} is allowed at these ratios: two steps a frame"
+            f"mimi_config: frame_rate {sizes['frame_rate']}; {config.frame_rate} is allowed at these ratios: two steps per frame"
         )
     return config
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, MimiModel
 from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose1d
 
-from csm_nb.codec.mimi import _check_causal, _check_codebooks, _check_codes, _check_samples
+from csm_nb.codec.mimi import check_causal, check_codebooks, check_codes, check_samples
 
 
 @torch.inference_mode()
@@ -18,11 +18,11 @@ def encode_stream(codec, chunks, num_codebooks: int | None = None):
     so that some give no frames. What waits at the end is filled up with zeros and yielded last. Streams can go on side
     by side. Raises ValueError as `encode` does, while it is iterated over.
     """
-    _check_codebooks(codec, num_codebooks)
-    _check_causal(codec)
+    check_codebooks(codec, num_codebooks)
+    check_causal(codec)
     size, state, waiting = codec.config.frame_size, None, np.zeros(0, np.float32)
     for number, chunk in enumerate(chunks):
-        waiting = np.concatenate([waiting, _check_samples(f"chunk {number}", chunk)])
+        waiting = np.concatenate([waiting, check_samples(f"chunk {number}", chunk)])
         whole = len(waiting) // size * size
         codes, state = _encode_next(codec, waiting[:whole], num_codebooks, state)
         waiting = waiting[whole:]
@@ -38,16 +38,16 @@ def decode_stream(codec, chunks):
     Together they are what `decode` gives, to rounding. Streams can go on side by side. Raises ValueError as `decode` does,
     while it is iterated over.
     """
-    _check_causal(codec)
+    check_causal(codec)
     state = None
     for number, chunk in enumerate(chunks):
-        codes = _check_codes(codec, f"chunk {number}", chunk)
+        codes = check_codes(codec, f"chunk {number}", chunk)
         wav, state = _decode_next(codec, codes, state) if codes.size else (np.zeros(0, np.float32), state)
         yield wav
 
 
 def _encode_next(codec, wav, num_codebooks, state):
-    """Codes (frames, codebooks) of the next whole frames of a stream, and the state after them; `state` is None at first."""
+    """Return codes (frames, codebooks) of the next whole frames, and the state after them; `state` is None at first."""
     if len(wav) == 0:
         return np.zeros((0, num_codebooks or codec.config.num_quantizers), np.uint16), state
     values = torch.from_numpy(wav)[None, None].to(codec.device)
@@ -61,7 +61,7 @@ def _encode_next(codec, wav, num_codebooks, state):
 
 
 def _decode_next(codec, codes, state):
-    """Samples of the next frames of a stream, and the state after them; `state` is None at first."""
+    """Return samples of the next frames of a stream, and the state after them; `state` is None at first."""
     codes = torch.from_numpy(codes.T.copy())[None].to(codec.device)
     if isinstance(codec, MimiModel):
         cache, past = state = state or (DynamicCache(config=codec.config), {})
@@ -75,7 +75,7 @@ def _decode_next(codec, codes, state):
 
 @contextmanager
 def _carry_inputs(codec, past):
-    """While open, the decoder's convolutions go on from their last inputs, in `past`, instead of from silence.
+    """Let the decoder's convolutions go on from their last inputs, in `past`, while open, instead of from silence.
 
     transformers carries them over for encoding alone (padding_cache); for decoding only attention has a cache.
     """

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from csm_nb.audio import AudioError, read_audio
 from csm_nb.codec.mimi import encode, frame_rate
+from csm_nb.provenance import replace_file
 
 PART_CLIPS = 64
 GROUP_CLIPS = 1024  # rows of a row group: 50 h in one group take 1.3 GB to map, in these .2 GB and a third of the time
@@ -94,9 +94,8 @@ def _check_rows(rows):
 
 
 def _write_table(table, path):
-    partial = path.with_name(f".{path.name}.part")
-    pq.write_table(table, partial, row_group_size=GROUP_CLIPS)
-    os.replace(partial, path)
+    with replace_file(path) as part:
+        pq.write_table(table, part, row_group_size=GROUP_CLIPS)
 
 
 def _fingerprint(rows, codec):

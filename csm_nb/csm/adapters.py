@@ -18,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, BaseModelError, _inner, tie_codebooks
+from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, BaseModelError, inner_model, tie_codebooks
 from csm_nb.csm.speakers import read_speakers, set_speakers
 from csm_nb.csm.weights import hash_weights
 from csm_nb.recipe import TRAINED
@@ -33,7 +33,7 @@ class AdapterError(ValueError):
 
 def add_adapter(model, rank: int = 64, alpha: int = 128, dropout: float = 0.05, mlp: bool = False,
                 text_embeddings: bool = False, seed: int = 0) -> PeftModel:
-    """Put a fresh LoRA adapter on the attention (and with `mlp` the MLP layers) of backbone and depth decoder.
+    """Return `model` with a fresh LoRA adapter on the attention (and with `mlp` the MLP layers) of backbone and depth decoder.
 
     The targets are full paths: bare names such as q_proj would also match Mimi's transformer inside the model.
     `text_embeddings` trains the text table as well, for letters that the base has never seen. It begins with the weights
@@ -50,7 +50,7 @@ def add_adapter(model, rank: int = 64, alpha: int = 128, dropout: float = 0.05, 
 
 
 def load_adapter(model, folder, trainable: bool = False, name: str = "default") -> PeftModel:
-    """`model` with the adapter in `folder` on it and active under `name`, beside those that it has on already.
+    """Return `model` with the adapter in `folder` on it and active under `name`, beside those that it has on already.
 
     Raises AdapterError when there is none, when it is not whole or fits only in part, when it belongs to another base, and
     when `model` says with it what it says without: each time `model` is left as it was.
@@ -115,7 +115,7 @@ def _take_off(model, worn, name):
 
 
 def _read_adapter(folder):
-    """The tensors of an adapter's file by name, checked to be there and whole."""
+    """Return the tensors of an adapter's file by name, checked to be there and whole."""
     if not (folder / "adapter_config.json").exists():
         raise AdapterError(f"{folder} holds no adapter (no adapter_config.json); run 03_adapter for its language first")
     if not any((folder / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
@@ -158,7 +158,7 @@ def _check_keys(model, folder, name, weights):
 
 @torch.inference_mode()
 def _check_effect(model, folder):
-    """The logits of both decoders on a known prompt have to differ with the adapter and without."""
+    """Raise AdapterError where the logits of both decoders on a known prompt are the same with the adapter and without."""
     inner = model.get_base_model()
     tokens = torch.arange(min(256, inner.config.text_vocab_size), device=inner.device)[None]  # all letters, in any tokenizer
 
@@ -179,11 +179,11 @@ def _check_effect(model, folder):
 
 
 def describe_base(model) -> dict:
-    """What an adapter depends on, written beside it as base.json: layers, widths, codebooks, vocabularies, hash of the weights.
+    """Return what an adapter depends on, for base.json: layers, widths, codebooks, vocabularies, hash of the weights.
 
     The hash is that of the checkpoint which load_base read (hash_weights), "" for a model that was made otherwise.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     config = inner.config
     return {
         "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "codebooks": config.num_codebooks,
@@ -195,12 +195,12 @@ def describe_base(model) -> dict:
 
 
 def train_fully(model, text_embeddings: bool = True):
-    """`model` with everything to be trained but its codec (and, without `text_embeddings`, its text table).
+    """Return `model` with all of it to be trained but its codec (and, without `text_embeddings`, its text table).
 
-    Load it in float32 for this: a bfloat16 weight takes no step that is smaller than 1/256 of it. 16 bytes a parameter
+    Load it in float32 for this: a bfloat16 weight takes no step that is smaller than 1/256 of it. 16 bytes per parameter
     with AdamW, 25 GB for CSM-1B. Raises BaseModelError for a model in 4 bits or with an adapter on it.
     """
-    _check_whole(model, "trained fully")
+    check_whole(model, "trained fully")
     model.loaded_from = None  # soon it is another base than the one in that folder
     model.requires_grad_(True)
     model.codec_model.requires_grad_(False)
@@ -208,7 +208,8 @@ def train_fully(model, text_embeddings: bool = True):
     return model
 
 
-def _check_whole(model, what):
+def check_whole(model, what: str) -> None:
+    """Raise BaseModelError for a model in 4 bits or with an adapter on it, which can not be `what` ("saved whole")."""
     if isinstance(model, PeftModel):
         raise BaseModelError(f"a model with an adapter on it can not be {what}; use it without (load_base), or save_adapter")
     if getattr(model, "is_loaded_in_4bit", False):
@@ -216,7 +217,7 @@ def _check_whole(model, what):
 
 
 def describe_adapter(model) -> dict:
-    """What is trained in `model`, for a table and the card: {what: value}, an adapter's rank, alpha and layers first.
+    """Return what is trained in `model`, for a table and the card: {what: value}, an adapter's rank, alpha, layers first.
 
     An adapter that was loaded keeps its own rank, alpha and layers, whatever the parameters say: this tells which. For a
     model without one (train_fully) only the last three rows. Parameters in millions, and as a share of all.
@@ -243,7 +244,7 @@ def describe_adapter(model) -> dict:
 
 def start_training(model, method: str, before=None, rank: int = 64, alpha: int = 128, dropout: float = 0.05,
                    mlp: bool = False, text_embeddings: bool = False, speakers=(), seed: int = 0):
-    """Return `model` ready to be trained by `method`, "lora" or "full", from where the stage before left off or anew.
+    """Return `model` ready to be trained by `method`, "lora" or "full", from the folder of the stage `before` or anew.
 
     An adapter that is loaded keeps its own rank, alpha, dropout and layers: describe_adapter shows them. A model that was
     trained fully lends its weights. `speakers` (speakers.number_speakers) are those that it will have: it speaks with no
@@ -266,9 +267,9 @@ def start_training(model, method: str, before=None, rank: int = 64, alpha: int =
 
 
 def load_full(model, folder):
-    """`model` with all its weights from the folder of a fully trained one (save_full), tables tied again.
+    """Return `model` with all its weights from the folder of a fully trained one (save_full), tables tied again.
 
-    AdapterError when the folder holds none, or one of another shape.
+    Raises AdapterError when the folder holds none, or one of another shape.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

@@ -9,7 +9,7 @@ NAME = "by_clip"
 
 
 def attend_by_clip(module, query, key, value, mask, scaling, position_ids=None, **kwargs):
-    """Causal attention within each clip of a packed row, as transformers' attention functions have it.
+    """Compute causal attention within each clip of a packed row, as transformers' attention functions have it.
 
     A clip begins where `position_ids` is 0. Full-size rows of 1,060 positions of 10 clips, two cores: 152 positions/s forward
     and backward; transformers' sdpa with a packed mask 119, eager 65.
@@ -42,7 +42,7 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def use_attention(model, training: bool) -> None:
-    """Sets both decoders' attention: clip by clip for training on a CPU, otherwise sdpa, which masks packed clips itself.
+    """Set both decoders' attention: clip by clip for training on a CPU, otherwise sdpa, which masks packed clips itself.
 
     Generation needs sdpa: clip by clip knows neither a cache nor padding.
     """

@@ -34,7 +34,7 @@ class BaseModelError(ValueError):
 
 def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: str | torch.dtype | None = None,
               four_bit: bool = False, backend: str = "transformers", method: str = "lora"):
-    """Returns (model, processor) of a CSM folder or hub id, with its codebook tables tied, in eval mode, nothing trainable yet.
+    """Return (model, processor) of a CSM folder or hub id, its codebook tables tied, in eval mode, nothing trainable yet.
 
     `dtype` ("auto": bfloat16 on a GPU, float32 on a CPU; "bfloat16"; "float32") is the language model's; the codec is
     float32 in any case. For `method` "full" all of it is float32 whatever `dtype` says, since what is trained has to start
@@ -57,7 +57,7 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: st
         )
         number = torch.device(device).index
         options["device_map"] = {"": torch.cuda.current_device() if number is None else number}  # accelerate wants a number
-    with _quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by prove_model
+    with quiet_transformers():  # what it warns of, the missing table above all, is mended here and shown by prove_model
         if backend == "unsloth":
             model, missing = _load_unsloth(path, options, four_bit), {DEPTH_TABLE}
         else:
@@ -112,7 +112,8 @@ def _load_unsloth(path, options, four_bit):
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
+def quiet_transformers():
+    """Keep transformers' warnings and progress bars away while open."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -124,7 +125,7 @@ def _quiet_transformers():
 
 
 def tie_codebooks(model, missing_keys=()) -> str:
-    """Makes the backbone's and the depth decoder's codebook table one tensor again, and says which one was kept.
+    """Make the backbone's and the depth decoder's codebook table one tensor again, and say which one was kept.
 
     transformers 5.17 leaves them two, and fills the one that a checkpoint does not hold with random numbers, without an
     error. `missing_keys` is what `from_pretrained(..., output_loading_info=True)` reports.
@@ -142,12 +143,13 @@ def tie_codebooks(model, missing_keys=()) -> str:
     return "depth decoder" if kept is depth else "backbone"
 
 
-def _inner(model):
+def inner_model(model):
+    """Return the CSM model itself, without an adapter's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def encode_text(processor, text: str, speaker_id: str) -> list[int]:
-    """Token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included.
+    """Return token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included.
 
     The text is cleaned (clean_text) for whoever did not, and what looks like a control token in it is spelled out letter by
     letter: it ends nothing.

@@ -6,27 +6,25 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import (
-    PeftModel,
-)
+from peft import PeftModel
 
 from csm_nb.cards import write_card
-from csm_nb.csm.adapters import _check_whole, describe_adapter, describe_base
-from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, _inner, _quiet_transformers, tie_codebooks
+from csm_nb.csm.adapters import check_whole, describe_adapter, describe_base
+from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, inner_model, quiet_transformers, tie_codebooks
 from csm_nb.csm.speakers import get_speakers, list_speakers, pick_voice
 from csm_nb.csm.weights import list_tensors
 from csm_nb.paths import show_path
 
 
 def save_trained(model, processor, folder, card: dict | None = None, base_id: str = "") -> Path:
-    """Writes what was trained and returns its folder: an adapter (save_adapter), or the whole model as it is (save_full)."""
+    """Write what was trained and return its folder: an adapter (save_adapter), or the whole model as it is (save_full)."""
     if isinstance(model, PeftModel):
         return save_adapter(model, folder, card, base_id)
     return save_full(model, processor, folder, card, base_id, dtype=None)
 
 
 def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: str = "") -> Path:
-    """Writes a plain PEFT folder with a model card and returns it; replaces what was there when all is written.
+    """Write a plain PEFT folder with a model card and return it; it replaces what was there when all is written.
 
     `card` is the card's table (data, licence, figures ...); what was trained and the git commit are added to it.
     """
@@ -40,15 +38,14 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
 
 
 def write_record(model, folder, language: str = "") -> None:
-    """Write base.json: the base that an adapter needs (describe_base), the speakers that it or the model was trained with, and
-    its language."""
+    """Write base.json: the base that an adapter needs (describe_base), the speakers it was trained with, its language."""
     record = describe_base(model) | {"speakers": get_speakers(model)} | ({"language": language} if language else {})
     (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def save_full(model, processor, folder, card: dict | None = None, base_id: str = "",
               dtype: torch.dtype | None = torch.bfloat16) -> Path:
-    """Writes a fully trained model as save_base does, with a model card as save_adapter does, and returns the folder."""
+    """Write a fully trained model as save_base does, with a model card as save_adapter does, and return the folder."""
     with _write_folder(folder) as partial:
         _write_base(model, processor, partial, dtype)
         write_record(model, partial, (card or {}).get("language", ""))
@@ -56,30 +53,34 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
     return Path(folder)
 
 
-def save_base(model, processor, folder, dtype: torch.dtype | None = torch.bfloat16) -> Path:
-    """Writes model and processor as a published CSM is laid out, with one of the two codebook tables, for load_base.
+def save_base(model, processor, folder, dtype: torch.dtype | None = torch.bfloat16,
+              codec_dtype: torch.dtype | None = None) -> Path:
+    """Write model and processor as a published CSM is laid out, with one of the two codebook tables, for load_base.
 
-    The language model is written in `dtype` (None: as it is), the codec as it is: bfloat16 would round it. Replaces what
-    was there when all is written. Raises BaseModelError for a model in 4 bits or with an adapter on it.
+    The language model is written in `dtype` (None: as it is), the codec in `codec_dtype` (as it is: bfloat16 would round
+    it). Replaces what was there when all is written. Raises BaseModelError for a model in 4 bits or with an adapter on it.
     """
     with _write_folder(folder) as partial:
-        _write_base(model, processor, partial, dtype)
+        _write_base(model, processor, partial, dtype, codec_dtype)
     return Path(folder)
 
 
-def _write_base(model, processor, folder, dtype):
-    _check_whole(model, "saved whole")
+def _write_base(model, processor, folder, dtype, codec_dtype=None):
+    check_whole(model, "saved whole")
     tie_codebooks(model)  # or there is no leaving out one of the two
-    state = {name: value.to("cpu", None if name.startswith("codec_model.") or not value.is_floating_point() else dtype)
-             for name, value in model.state_dict().items() if name != DEPTH_TABLE}
-    with _quiet_transformers():
+    state = {}
+    for name, value in model.state_dict().items():
+        if name != DEPTH_TABLE:
+            wanted = codec_dtype if name.startswith("codec_model.") else dtype
+            state[name] = value.to("cpu", wanted if value.is_floating_point() else None)
+    with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
 
 
 @contextlib.contextmanager
 def _write_folder(folder):
-    """A folder beside `folder` to write to, which takes its place when all is written; a reader never finds a part."""
+    """Yield a folder beside `folder` to write to, which takes its place when all is written; a reader never finds a part."""
     folder = Path(folder)
     partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +98,7 @@ def _write_folder(folder):
 
 
 def _write_card(folder, place, model, card, base_id):
-    adapter, inner, speakers = isinstance(model, PeftModel), _inner(model), get_speakers(model)
+    adapter, inner, speakers = isinstance(model, PeftModel), inner_model(model), get_speakers(model)
     table = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model)
     table |= {"speakers": list_speakers(speakers) or "not stated"}
     table |= {"sampling rate": f"{inner.codec_model.config.sampling_rate} Hz"}

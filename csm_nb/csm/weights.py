@@ -20,7 +20,7 @@ def hash_weights(folder) -> str:
     """Return 16 hex digits of the tensors in a model's folder: names, types, shapes and every byte; "" where there are none.
 
     They are those of the checkpoint, so that it is the same in whatever precision it is loaded, however it is cut into
-    files, wherever it lies. 6 GB take about 5 s; the same files are read once a process.
+    files, wherever it lies. 6 GB take about 5 s; the same files are read once per process.
     """
     files = list_weights(folder)
     return _hash_tensors(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)) if files else ""

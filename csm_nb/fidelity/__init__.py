@@ -1,1 +1,1 @@
-"""Stage 00: can the codec carry the language at all?"""
+"""Stage 00: whether the codec can carry the language at all."""

@@ -38,7 +38,7 @@ class CodedClip:
 
     @property
     def title(self) -> str:
-        """What a figure calls the clip."""
+        """Return what a figure calls the clip."""
         return name_clip(self.row)
 
 
@@ -111,7 +111,7 @@ def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]
     for row, wav, version, speaker in zip(rows, wavs, versions, speakers, strict=True):
         pitch_range, median = voices[speaker]
         if controls:
-            version |= {"identity": wav, "Vorbis": _pass_vorbis(wav), "flat F0": _try_change(flatten_f0, wav, pitch_range)}
+            version |= {"identity": wav, "Vorbis": pass_vorbis(wav), "flat F0": _try_change(flatten_f0, wav, pitch_range)}
             if row.get("windows"):
                 version["smooth voicing"] = _try_change(smooth_voicing, wav, pitch_range)
         coded.append(CodedClip(row, wav, version, pitch_range, median))
@@ -119,7 +119,7 @@ def code_clips(rows, codec, codebooks, controls: bool = True) -> list[CodedClip]
 
 
 def _describe_voice(wavs):
-    """(F0 range, median F0) of one speaker's clips in Hz; the median is NaN where nothing is voiced."""
+    """Return (F0 range, median F0) of one speaker's clips in Hz; the median is NaN where nothing is voiced."""
     pitch_range = find_pitch_range(wavs)
     f0 = [np.nan]
     for wav in wavs:
@@ -130,7 +130,8 @@ def _describe_voice(wavs):
     return pitch_range, float(np.nanmedian(f0)) if np.isfinite(f0).any() else float("nan")
 
 
-def _pass_vorbis(wav):
+def pass_vorbis(wav) -> np.ndarray:
+    """Return a clip (24 kHz) after Vorbis at its lowest quality: a control that a sound check lets pass."""
     buffer = io.BytesIO()
     soundfile.write(buffer, wav, SAMPLE_RATE, format="OGG", subtype="VORBIS", compression_level=1.0)
     buffer.seek(0)
@@ -154,7 +155,7 @@ def list_sounds(clip: CodedClip, codebooks) -> list[tuple[str, np.ndarray]]:
 
 
 def measure_clips(clips, method: str = "praat") -> pd.DataFrame:
-    """Return one row a coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN.
+    """Return one row per coded clip and condition: clip, audio_path, condition, the MEASURES, `reason` of a NaN.
 
     `method` is the F0 tracker, one of f0.METHODS: a finding that another one shares is not the tracker's.
     Raises ProsodyError for another name.

@@ -19,13 +19,13 @@ QUALITY_RATE = 16_000  # Hz; PESQ's wide band, and STOI looks no higher than 5 k
 
 
 def list_missing() -> str:
-    """Returns in words which of the optional packages are not installed, and how to install them; "" if none."""
+    """Return in words which of the optional packages are not installed, and how to install them; "" if none."""
     missing = [name for name in PACKAGES.values() if importlib.util.find_spec(name) is None]
     return f"not measured: {', '.join(missing)} not installed (make setup EXTRAS=quality)" if missing else ""
 
 
 def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
-    """Returns one row a coded clip (clips.CodedClip) and condition, the original first, with the MEASURES.
+    """Return one row per coded clip (clips.CodedClip) and condition, the original first, with the MEASURES.
 
     cer_percent: what `asr` writes against the text (NaN without text), 100 at most; on the original it is the recogniser's
     own error, and what comes on top is the codec's. hallucinated: whether it writes more than the clip has time for
@@ -42,8 +42,8 @@ def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
             known = bool(normalise_text(expected, language))
             cer = 100 * min(1, character_error_rates([expected], [text], language)[0]) if known else np.nan
             rows.append({
-                "clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition, "transcript": text,
-                "heard": max(scores, key=scores.get), "cer_percent": float(cer), "hallucinated": bool(invented),
+                "clip": clip.title, "audio_path": clip.row["audio_path"], "condition": condition,
+                "cer_percent": float(cer), "hallucinated": bool(invented),
                 "right_language": float(max(scores, key=scores.get) == language), **measure_quality(clip.original, wav),
             })
     return pd.DataFrame(rows)
@@ -69,13 +69,13 @@ def tabulate_errors(heard: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_ceiling(summary: pd.DataFrame) -> dict:
-    """Returns {condition: {measure: mean}} of summarised sounds, as metrics.json keeps it: what speech can reach at best."""
+    """Return {condition: {measure: mean}} of summarised sounds, as metrics.json keeps it: what speech can reach at best."""
     return {name: dict(zip(part.measure, part["figure"].astype(float), strict=True))
             for name, part in summary.groupby("condition", sort=False)}
 
 
 def measure_quality(original, decoded) -> dict:
-    """Returns {"stoi", "pesq"} of a decoded clip (24 kHz) against its original; NaN where they can not be had."""
+    """Return {"stoi", "pesq"} of a decoded clip (24 kHz) against its original; NaN where they can not be had."""
     quality = {"stoi": np.nan, "pesq": np.nan}
     length = min(len(original), len(decoded))
     if length < SHORTEST * SAMPLE_RATE or not np.any(original) or not np.any(decoded):

@@ -7,8 +7,8 @@ import pandas as pd
 
 from csm_nb.corpora.check import check_clips
 from csm_nb.corpora.sources import load_corpus
-from csm_nb.fidelity import clips as fidelity_clips
 from csm_nb.fidelity.clips import code_clips, measure_clips, name_clip
+from csm_nb.fidelity.clips import list_unmeasured as list_unmeasured_clips
 from csm_nb.fidelity.verdict import Criterion, Evidence, summarise, tabulate
 from csm_nb.languages import get_language
 from csm_nb.manifest import read_manifest
@@ -26,13 +26,13 @@ FEW_MARKED = 200  # recordings with known stød that are taken at most
 
 
 def list_criteria(language: str) -> tuple[Criterion, ...]:
-    """Returns the criteria of the traits that a language has."""
+    """Return the criteria of the traits that a language has."""
     traits = get_language(language).traits
     return STOD * ("stod" in traits) + ACCENT * (language in klatt.CONTOURS)
 
 
 def find_trait_clips(language: str, audio: str, marked: str, asr, seed: int, out_dir) -> tuple[dict, list[dict], dict]:
-    """Returns ({STOD_WORDS: rows, ...}, rows set aside with the `reason`, {STOD_RECORDINGS: what there was}) for a language.
+    """Return ({STOD_WORDS: rows, ...}, rows set aside with the `reason`, {STOD_RECORDINGS: what there was}) for a language.
 
     Ground truth by KlattGrid always: stød words for a language with stød, words with accent 1 and 2 where their contours
     are known (klatt.CONTOURS). With recordings (`audio`), also those whose stød is marked or labelled (marks.find_windows).
@@ -56,7 +56,7 @@ def find_trait_clips(language: str, audio: str, marked: str, asr, seed: int, out
 
 
 def _describe_marked(rows, known, drawn, found, names, named):
-    """How many recordings there are, say whether they have stød, were drawn, and where in how many; marks that fit none."""
+    """Describe how many recordings there are, say if they have stød, were drawn, and where in how many; marks that fit none."""
     said = [f"{len(rows)} clips, {len(known) or 'none'} labelled"]
     if len(drawn) < len(known):
         said.append(f"{len(drawn)} of them drawn")
@@ -68,18 +68,18 @@ def _describe_marked(rows, known, drawn, found, names, named):
 
 
 def describe_traits(language: str, found: dict, notes: dict) -> str:
-    """Returns in words which clips tell of the traits of a language, or that there is nothing to tell."""
+    """Return in words which clips tell of the traits of a language, or that there is nothing to tell."""
     lines = [f"{name}: {notes.get(name) or f'{len(rows)} words'}" for name, rows in found.items()]
     return "\n".join(lines) or f"{get_language(language).name} has neither stød nor tonal accent: nothing to measure here"
 
 
 def code_traits(found: dict[str, list], codec, codebooks) -> dict[str, list]:
-    """Returns {name: coded clips} of find_trait_clips' rows, each at each number of codebooks and with its controls."""
+    """Return {name: coded clips} of find_trait_clips' rows, each at each number of codebooks and with its controls."""
     return {name: code_clips(rows, codec, codebooks) for name, rows in found.items()}
 
 
 def weigh_traits(coded: dict[str, list], notes: dict | None = None) -> tuple[list[Evidence], pd.DataFrame]:
-    """Returns ([Evidence, ...], table of every window or word and condition) of code_traits' clips, for the verdict.
+    """Return ([Evidence, ...], table of every window or word and condition) of code_traits' clips, for the verdict.
 
     A set without clips is evidence of which nothing was measured; `notes` say why (find_trait_clips).
     """
@@ -100,25 +100,25 @@ def weigh_traits(coded: dict[str, list], notes: dict | None = None) -> tuple[lis
             measures = ("accent_right", "peak_shift_ms", "valley_shift_ms", "turns_kept_percent", "h2_h1_error_st")
             controls = {"identity": "passes", "Vorbis": "passes", "flat F0": "fails"}
             evidence.append(Evidence(name, summarise(table, measures, "mean"), ACCENT, controls, note))
-        tables.append(table.assign(evidence=name))
+        tables.append(table)
     tables = [table for table in tables if len(table)]
     return evidence, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def tabulate_evidence(evidence: list[Evidence]) -> pd.DataFrame:
-    """Returns the figures of each set of clips as one reads them: a row a condition, a column a measure."""
+    """Return the figures of each set of clips as one reads them: a row per condition, a column per measure."""
     tables = {part.name: tabulate(part.summary) for part in evidence if part.summary.measured.sum()}
     return pd.concat(tables, names=["clips of"]).fillna("") if tables else pd.DataFrame()
 
 
 def list_unmeasured(table: pd.DataFrame, unmarked: list[dict]) -> pd.DataFrame:
-    """Returns which clips say nothing about a trait, in which condition, and why: clip, condition, reason."""
+    """Return which clips say nothing about a trait, in which condition, and why: clip, condition, reason."""
     rows = pd.DataFrame([{"clip": name_clip(row), "condition": "all", "reason": row["reason"]} for row in unmarked])
-    return pd.concat([rows, fidelity_clips.list_unmeasured(table)], ignore_index=True) if len(table) else rows
+    return pd.concat([rows, list_unmeasured_clips(table)], ignore_index=True) if len(table) else rows
 
 
 def pick_examples(coded: dict[str, list], table: pd.DataFrame) -> dict:
-    """Returns {name: a coded clip to look at}: the one with most cues of stød by weigh_traits' table, or one with accent 2."""
+    """Return {name: a coded clip to look at}: the one with most cues of stød by weigh_traits' table, or one with accent 2."""
     if "cues" in table:
         cues = table.groupby("audio_path").cues.first().fillna("").str.count(",")
     return {
@@ -128,7 +128,7 @@ def pick_examples(coded: dict[str, list], table: pd.DataFrame) -> dict:
 
 
 def tell_accents(clips) -> pd.DataFrame:
-    """Returns for each version of KlattGrid's accent words whether it is still its own accent: accent_right, 1 or 0.
+    """Return for each version of KlattGrid's accent words whether it is still its own accent: accent_right, 1 or 0.
 
     It is right when its F0, in semitones, lies nearer to its original's than to that of the other accent by the same
     voice at the same rate (`pair`), and wrong where F0 is lost. `reason` says of a word that it has no voice.

@@ -12,7 +12,7 @@ from csm_nb.languages import get_language
 from csm_nb.prosody.f0 import MEASURES
 
 FIGURES = ["figure", "low", "high", "measured", "found"]
-SUMMARY = ["condition", "measure", "statistic", *FIGURES]
+SUMMARY = ["condition", "measure", *FIGURES]
 SHARES = ("accent_right", "right_language")  # of a clip 1 or 0: their mean is a share
 
 
@@ -71,8 +71,8 @@ class Evidence:
 def summarise(measures: pd.DataFrame, names=MEASURES, statistic: str = "median") -> pd.DataFrame:
     """Return one row per condition and measure, with the columns SUMMARY.
 
-    `figure` is the `statistic` over clips ("median" or "mean"; "share" for the SHARES, whatever is asked for), low and high
-    its 95 % interval (bootstrap; of a share by Wilson), `measured` the clips that it is over, `found` all there were.
+    `figure` is the `statistic` over clips ("median" or "mean"; of the SHARES always the mean), low and high its 95 %
+    interval (bootstrap; of a share by Wilson), `measured` the clips that it is over, `found` all there were.
     """
     rows = []
     for condition, part in measures.groupby("condition", sort=False):
@@ -80,12 +80,12 @@ def summarise(measures: pd.DataFrame, names=MEASURES, statistic: str = "median")
             values = part[measure].to_numpy(float)
             values = values[np.isfinite(values)]
             if measure in SHARES:
-                name, compute, (low, high) = "share", np.mean, share_interval(values.sum(), len(values))
+                compute, (low, high) = np.mean, share_interval(values.sum(), len(values))
             else:
-                name, compute = statistic, getattr(np, statistic)
+                compute = getattr(np, statistic)
                 low, high = bootstrap_interval(values, compute)
             figure = float(compute(values)) if len(values) else np.nan
-            rows.append((condition, measure, name, figure, low, high, len(values), len(part)))
+            rows.append((condition, measure, figure, low, high, len(values), len(part)))
     return pd.DataFrame(rows, columns=SUMMARY)
 
 

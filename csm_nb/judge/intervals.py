@@ -69,7 +69,8 @@ def write_needed(needed: int | None, what: str = "sentences") -> str:
 def bootstrap_interval(values, statistic=np.mean, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Return the percentile bootstrap interval of `statistic` over clips (Efron 1979); NaN are left out.
 
-    (nan, nan) of fewer than two values: one says nothing of its spread.
+    (nan, nan) of fewer than two values: one says nothing of its spread. scipy.stats.bootstrap draws the same clips and
+    rounds the last digit of the result otherwise, so that figures of runs would no longer be the same.
     """
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]

@@ -85,7 +85,7 @@ def _load(task, model, device, use):
 
 
 def _to_inputs(judge, wavs):
-    """Indices of clips with something to hear, and those clips as the pipeline takes them."""
+    """Return indices of clips with something to hear, and those clips as the pipeline takes them."""
     rate = judge.feature_extractor.sampling_rate
     heard = [i for i, wav in enumerate(wavs) if len(wav) >= SHORTEST * SAMPLE_RATE and np.isfinite(wav).all() and np.any(wav)]
     return heard, [{"raw": resample(wavs[i], SAMPLE_RATE, rate), "sampling_rate": rate} for i in heard]

@@ -16,6 +16,7 @@ SHARES = {"codec": 0.20, "base": 0.40, "asr": 0.33, "lid": 0.07}
 
 
 def main(arguments=None) -> None:
+    """Make the part of the miniature models that the command line names, or evaluate them all."""
     parser = argparse.ArgumentParser("python -m csm_nb.mini", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("part", choices=[*SHARES, "judges", "all", "evaluate"])
     parser.add_argument("--minutes", type=float, default=320, help="training time on this machine (default: %(default)s)")
@@ -39,7 +40,7 @@ def main(arguments=None) -> None:
 
 
 def train_part(part: str, minutes: float, out: Path, work: Path, seed: int) -> None:
-    """Trains "codec", "base", "asr" or "lid" for so many minutes; all but the codec need the codec in `work`."""
+    """Train "codec", "base", "asr" or "lid" for so many minutes; all but the codec need the codec in `work`."""
     codec_dir = work / "codec/model"
     if part == "codec":
         from csm_nb.mini.codec import train_codec
@@ -58,7 +59,7 @@ def train_part(part: str, minutes: float, out: Path, work: Path, seed: int) -> N
 
 
 def evaluate(out: Path, work: Path) -> None:
-    """Prints the table of figures and writes it into the three model cards."""
+    """Print the table of figures and write it into the three model cards."""
     from csm_nb.mini.evaluate import evaluate_models, tabulate, write_cards
     figures = evaluate_models(out, work=work)
     print(tabulate(figures))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CsmConfig,
@@ -18,6 +17,7 @@ from transformers import (
 
 from csm_nb.codec.mimi import encode
 from csm_nb.csm.load import DEPTH_TABLE, tie_codebooks
+from csm_nb.csm.save import save_base
 from csm_nb.device import half_precision, pick_device
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini.loop import describe_training, fit
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 
 
 def build_processor() -> CsmProcessor:
-    """A processor with one token a character and CSM's special tokens and chat template."""
+    """Return a processor with one token per character and CSM's special tokens and chat template."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -58,7 +58,7 @@ def build_processor() -> CsmProcessor:
 
 
 def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int = 6) -> CsmForConditionalGeneration:
-    """A CsmForConditionalGeneration of about 4.5 M parameters around `codec`, freshly initialised, tables tied."""
+    """Return a CsmForConditionalGeneration of about 4.5 M parameters around `codec`, freshly initialised, tables tied."""
     codebooks, vocabulary = codec.config.num_quantizers, codec.config.codebook_size + 3
     token_id = processor.tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -83,7 +83,7 @@ def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int
 
 
 def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "en", takes: int = 1) -> list[dict]:
-    """Token rows (text, codes, speaker_id) of espeak-ng's English reading training sentences of `language`.
+    """Return token rows (text, codes, speaker_id) of espeak-ng's English reading training sentences of `language`.
 
     Each sentence is read by `takes` of the four voices. Sentences of other languages are read as somebody reads them who
     knows English only.
@@ -99,7 +99,7 @@ def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "
 
 
 def name_codebooks(codec: MimiModel) -> str:
-    """A short name of the codebooks of `codec`: codes mean something only to a model that learned from the same ones."""
+    """Return a short name of the codebooks of `codec`: codes mean something only to a model that learned from them."""
     quantizer = codec.quantizer
     sides = quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
     return hash_value([layer.codebook.embed_sum.double().sum().item() for side in sides for layer in side.layers])
@@ -107,7 +107,7 @@ def name_codebooks(codec: MimiModel) -> str:
 
 def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/base", sentences: int = 24_000,
                takes: int = 2, foreign: int = 3_000, batch: int = 16) -> None:
-    """Trains the base on English speech only and saves it with processor and codec to `out`, as a published CSM is laid out.
+    """Train the base on English only and save it with processor and codec to `out`, as a published CSM is laid out.
 
     `sentences` of English, and `foreign` of each other language, read in English: English sentences have some 300 words,
     which it would learn to read as words; with 3,000 words it learns letters, which is what an adapter goes on from.
@@ -144,17 +144,6 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
 
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.05)
     model.cpu().eval().codec_model.load_state_dict(codec.cpu().state_dict())  # its decoder may have learned on since
-    save_base(model, processor, out)
+    save_base(model, processor, out, torch.float16, torch.float16)
     record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
     write_json(Path(out) / "training.json", record)
-
-
-def save_base(model, processor, out) -> None:
-    """Saves model, processor and chat template to `out` in half precision, with one of the two codebook tables only."""
-    model.save_pretrained(out, state_dict={})
-    state = {name: value.half().contiguous() if value.is_floating_point() else value.contiguous()
-             for name, value in model.state_dict().items() if name != DEPTH_TABLE}
-    for stale in Path(out).glob("*.safetensors*"):
-        stale.unlink()
-    save_file(state, Path(out) / "model.safetensors", metadata={"format": "pt"})
-    processor.save_pretrained(out)

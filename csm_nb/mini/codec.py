@@ -24,7 +24,7 @@ WAVE_WEIGHT, PHONEME_WEIGHT = 2.0, 0.2
 
 
 def build_codec_config() -> MimiConfig:
-    """25 frames a second, 8 codebooks of 512 entries, about 2.5 M parameters; the classes are those of kyutai/mimi."""
+    """Return 25 frames per second, 8 codebooks of 512 entries, about 2.5 M parameters; the classes are kyutai/mimi's."""
     return MimiConfig(
         sampling_rate=24_000, upsampling_ratios=[4, 5, 4, 6], num_filters=16, hidden_size=192, num_hidden_layers=2,
         intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=48, num_quantizers=8,
@@ -34,7 +34,7 @@ def build_codec_config() -> MimiConfig:
 
 
 def random_voice(rng: np.random.Generator, variants=TRAINING_VARIANTS) -> Voice:
-    """A voice nobody chose: any variant, pitch, spread of the melody and rate, for training and testing on variety."""
+    """Return a voice nobody chose: any variant, pitch, spread of the melody and rate, for training and testing on variety."""
     pitch, spread, rate = rng.integers((25, 35, 130), (75, 90, 190)).tolist()
     return Voice("x", str(rng.choice(variants)), pitch, spread, rate)
 
@@ -43,7 +43,7 @@ FLOOR = 3e-4  # about 45 dB below the peaks of speech: with a lower one, most of
 
 
 def log_distance(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Mean distance in log10 between the two halves of a batch of magnitudes, and a quarter of it linear, for the peaks."""
+    """Return the mean log10 distance between two halves of a batch of magnitudes, and a quarter of it linear, for peaks."""
     ours, theirs = magnitudes.chunk(2)
     linear = (ours - theirs).abs().mean() / theirs.mean().clamp(min=FLOOR)
     return (torch.log10(ours + FLOOR) - torch.log10(theirs + FLOOR)).abs().mean() + 0.25 * linear
@@ -68,6 +68,7 @@ class SpectralLoss(nn.Module):
         self.wave_bins = 1000 * 512 // sample_rate + 1
 
     def forward(self, decoded, original):
+        """Return (formants, harmonics, wave): how far `decoded` is from `original`, waveforms (batch, samples)."""
         formants, harmonics, wave = 0.0, 0.0, 0.0
         both = torch.cat([decoded, original])
         for size in self.sizes:
@@ -84,14 +85,14 @@ class SpectralLoss(nn.Module):
 
 
 def list_phonemes(sentences: dict) -> dict[str, int]:
-    """{IPA: class} of the phonemes of all languages, from some sentences of each; the rare ones that none has do without."""
+    """Return {IPA: class} of the phonemes in some sentences of each language; rare ones that none has do without."""
     spoken = [speak_phonemes(text, language)[1] for language, texts in sentences.items() for text in texts[:150]]
     return {name: i for i, name in enumerate(sorted({name for phonemes in spoken for _, name in phonemes} | {""}))}
 
 
 def make_segments(rng: np.random.Generator, sentences: dict, count: int, classes: dict,
                   seconds: float = SEGMENT_SECONDS) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` stretches of fresh espeak-ng speech, float32 (count, 1, samples), and the phoneme class of each frame.
+    """Return `count` stretches of new espeak-ng speech, float32 (count, 1, samples), and each frame's phoneme class.
 
     Two of every sentence spoken, levels varied by 6 dB. A frame's class, long (count, frames), is that of its middle;
     silence is a phoneme too, and one that is not in `classes` is -100.
@@ -114,7 +115,7 @@ def make_segments(rng: np.random.Generator, sentences: dict, count: int, classes
 
 
 def initialise(codec: MimiModel) -> None:
-    """Weights from which it trains: transformers' own explode; PyTorch's let the biases drown the signal on its way.
+    """Set weights from which it trains: transformers' own explode, and PyTorch's let the biases drown the signal.
 
     Measured on the default: latents of different clips differ by under 1 % of their size. Without biases and with 1.7
     times the convolutions' weights they differ, and the loss falls from the first steps.
@@ -129,19 +130,19 @@ def initialise(codec: MimiModel) -> None:
 
 
 def encode_hidden(codec: MimiModel, wavs: torch.Tensor) -> torch.Tensor:
-    """Hidden states before the quantizer, (batch, hidden_size, frames)."""
+    """Return hidden states before the quantizer, (batch, hidden_size, frames)."""
     hidden = codec.encoder(wavs)
     return codec.downsample(codec.encoder_transformer(hidden.transpose(1, 2))[0].transpose(1, 2))
 
 
 def decode_latents(codec: MimiModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Waveform (batch, 1, samples) from hidden states after the quantizer, (batch, hidden_size, frames)."""
+    """Return the waveform (batch, 1, samples) of hidden states after the quantizer, (batch, hidden_size, frames)."""
     hidden = codec.decoder_transformer(codec.upsample(hidden).transpose(1, 2))[0].transpose(1, 2)
     return codec.decoder(hidden)
 
 
 def train_codec(out, minutes: float, seed: int = 0, work="data/mini/codec", batch: int = 6) -> MimiModel:
-    """Trains the codec and saves it to `out`, in three phases; a killed run goes on where it was. Returns the model.
+    """Train the codec in three phases, save it to `out` and return it; a killed run goes on where it was.
 
     "autoencoder": no quantizer, magnitudes only. "wave": the wave counts too (from the start it is not learned: .79 after
     4,450 steps, where a trained autoencoder gets from .89 to .52 in 1,400), and, as in Mimi, the first codebook's side of
@@ -210,7 +211,7 @@ def train_codec(out, minutes: float, seed: int = 0, work="data/mini/codec", batc
 
 @torch.no_grad()
 def fit_codebooks(codec: MimiModel, wavs: torch.Tensor, seed: int = 0, rounds: int = 12) -> None:
-    """Residual k-means on what `codec` makes of `wavs` into its codebooks: the first on its own side, the others on theirs."""
+    """Fit the codebooks by residual k-means on what `codec` makes of `wavs`: the first on its side, the others on theirs."""
     hidden = torch.cat([encode_hidden(codec, chunk.to(codec.device)) for chunk in wavs.split(32)])
     quantizer = codec.quantizer
     semantic, acoustic = quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer

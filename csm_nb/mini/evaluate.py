@@ -1,6 +1,5 @@
 """What the miniature models score on sentences and voices that they never heard, and the cards that say so."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pandas as pd
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE
+from csm_nb.cards import save_card
 from csm_nb.codec.mimi import load_codec, round_trip
 from csm_nb.confusion.matrix import judge_speech
 from csm_nb.confusion.prompts import speak_models
@@ -28,16 +28,23 @@ from csm_nb.text.sentences import make_sentences
 
 NORDIC = ("no", "sv", "da")
 GROUPS = {"seen": "shipped voices", "unheard": "unheard voices", "read_by_others": "another language's text"}
+JUDGES = {  # what it is, the hub's name of its task, what is measured
+    "asr": ("speech recogniser (characters, CTC)", "automatic-speech-recognition",
+            "Character error rate (mean over clips, case and punctuation removed)"),
+    "lid": ("language judge", "audio-classification",
+            "Share of clips of 2 to 4 s whose language is told right. Where the voice reads a text of another language, "
+            "right is the language of the voice: the sounds decide, not the words"),
+}
 
 
 def speak_held_out(code: str, voices, clips: int, seed: int = 1, read_by: str | None = None):
-    """`clips` held-out sentences of language `code` as (text, wav at 24 kHz), spoken by `voices` in turn."""
+    """Return `clips` held-out sentences of language `code` as (text, wav at 24 kHz), spoken by `voices` in turn."""
     texts = make_sentences(code, clips, seed=seed, split="test")
     return [(text, speak_text(text, read_by or code, voices[i % len(voices)])) for i, text in enumerate(texts)]
 
 
 def evaluate_judges(asr, lid, clips: int = 30, seconds=(2.0, 4.0), seed: int = 1, codec=None) -> dict:
-    """{"asr": {group: {language: mean CER}}, "lid": {group: {language: share told right}}} on held-out sentences.
+    """Return {"asr": {group: {language: mean CER}}, "lid": {group: {language: share told right}}} on held-out sentences.
 
     Group "seen" are the voices of the miniature models, "unheard" two formant variants that no training clip had,
     "read_by_others" sentences of one language in the voice of another, where right means the voice's. Languages are
@@ -61,7 +68,7 @@ def evaluate_judges(asr, lid, clips: int = 30, seconds=(2.0, 4.0), seed: int = 1
 
 
 def evaluate_codec(codec, work, clips: int = 12, seed: int = 1) -> dict:
-    """{measure: "median (95 % interval)"} of stage 00's measures over held-out sentences and voices of no, sv and da."""
+    """Return {measure: "median (95 % interval)"} of 00's measures over held-out sentences and voices of no, sv, da."""
     rows = [row for code in NORDIC for row in find_clips("", code, clips, seed, work)[0]]
     most = codec.config.num_quantizers
     summary = summarise(measure_clips(code_clips(rows, codec, [most], controls=False)))
@@ -70,7 +77,7 @@ def evaluate_codec(codec, work, clips: int = 12, seed: int = 1) -> dict:
 
 
 def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1) -> dict:
-    """{"cer", "runaways", "heard": {language read: {language heard: share}}} of the base reading held-out sentences.
+    """Return {"cer", "runaways", "heard": {language read: {heard: share}}} of the base reading held-out sentences.
 
     CER and the share of runaways are of English, the only language that it was taught; what is heard when it reads no,
     sv and da is the bleed that adapters start from.
@@ -84,7 +91,7 @@ def evaluate_base(model, processor, asr, lid, sentences: int = 30, seed: int = 1
 
 
 def read_default_run(runs, base) -> dict | None:
-    """What the newest `make run` under `runs` on the model folder `base` found; None where it is not complete.
+    """Return what the newest `make run` under `runs` on the model folder `base` found; None where it is not complete.
 
     {"adapters": {language: {"cer", "heard_right", "low", "high", "runaways", "sentences"}}, "minutes": from the first start
     to the last end}; of an adapter's language and its held-out sentences. Runs that were skipped
@@ -109,7 +116,7 @@ def read_default_run(runs, base) -> dict | None:
 
 
 def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/evaluate", runs=paths.ROOT / "runs") -> dict:
-    """All figures of csm-mini, asr-mini and lid-mini in the folder `models`, on held-out sentences, and of `runs` on them."""
+    """Return all figures of the miniature models in the folder `models`, on held-out sentences, and of `runs` on them."""
     models = Path(models)
     model, processor = load_base(models / "csm-mini", "cpu")
     asr, lid, codec = load_asr(models / "asr-mini", "cpu"), load_lid(models / "lid-mini", "cpu"), load_codec(models / "csm-mini")
@@ -123,7 +130,7 @@ def evaluate_models(models, clips: int = 30, seed: int = 1, work="data/mini/eval
 
 
 def tabulate(figures: dict) -> str:
-    """The figures of `evaluate_models` as the Markdown table of README: what, figure, and what is aimed at."""
+    """Return the figures of `evaluate_models` as the Markdown table of README: what, figure, and what is aimed at."""
     def spread(rows):
         return f"{100 * np.mean(list(rows.values())):.1f} ({100 * min(rows.values()):.1f} to {100 * max(rows.values()):.1f})"
 
@@ -170,14 +177,15 @@ def _tabulate_run(run):
 
 
 def write_cards(models, figures: dict) -> list[Path]:
-    """README.md of the three folders from their training.json and the figures of `evaluate_models`."""
+    """Write README.md of the three folders from their training.json and the figures of `evaluate_models`; return their paths."""
     models = Path(models)
-    cards = {"csm-mini": _describe_base(models / "csm-mini", figures)}
-    for kind in ("asr", "lid"):
-        cards[f"{kind}-mini"] = _describe_judge(models / f"{kind}-mini", kind, figures)
-    for name, text in cards.items():
-        (models / name / "README.md").write_text(text, encoding="utf-8")
-    return [models / name / "README.md" for name in cards]
+    known = {"library_name": "transformers", "license": "apache-2.0"}
+    path = models / "csm-mini"
+    cards = [save_card(path, _describe_base(path, figures), language="en", pipeline_tag="text-to-speech", **known)]
+    for kind, (_, task, _) in JUDGES.items():
+        path = models / f"{kind}-mini"
+        cards.append(save_card(path, _describe_judge(path, kind, figures), language=list(CODES), pipeline_tag=task, **known))
+    return cards
 
 
 def _describe_training(record: dict, part: str) -> str:
@@ -189,13 +197,7 @@ def _describe_training(record: dict, part: str) -> str:
 def _describe_base(folder, figures):
     training = read_json(folder / "training.json")
     codec = "\n".join(f"| {name} | {figure} |" for name, figure in figures["codec"].items())
-    return f"""---
-language: en
-pipeline_tag: text-to-speech
-library_name: transformers
-license: apache-2.0
----
-# csm-mini
+    return f"""# csm-mini
 
 A miniature of Sesame CSM with its Mimi codec inside, trained from nothing on **espeak-ng synthetic speech** and speaking
 only English: it proves the workbook, and says nothing about CSM-1B or about people.
@@ -210,7 +212,7 @@ languages too, as somebody does who knows English only.
 Made by {_describe_training(training["codec"], "codec")}; then
 {_describe_training(training["base"], "base")}.
 
-`python -m csm_nb.mini evaluate` ({figures["clips"]} held-out sentences a language, none of them in training):
+`python -m csm_nb.mini evaluate` ({figures["clips"]} held-out sentences per language, none of them in training):
 
 {tabulate(figures)}
 
@@ -230,21 +232,9 @@ def _describe_judge(folder, kind, figures):
     table = ["| language | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     table += [f"| {code} | " + " | ".join(f"{100 * rows[code]:.1f} %" for rows in columns.values()) + " |" for code in CODES]
     table.append("| mean | " + " | ".join(f"{100 * np.mean(list(rows.values())):.1f} %" for rows in columns.values()) + " |")
-    what, task, measure = {
-        "asr": ("speech recogniser (characters, CTC)", "automatic-speech-recognition",
-                "Character error rate (mean over clips, case and punctuation removed)"),
-        "lid": ("language judge", "audio-classification",
-                "Share of clips of 2 to 4 s whose language is told right. Where the voice reads a text of another language, "
-                "right is the language of the voice: the sounds decide, not the words"),
-    }[kind]
+    what, task, measure = JUDGES[kind]
     since = f", from {100 * CODEC_FROM:.0f} % of the training time on," if kind == "asr" else ""
-    return f"""---
-language: {json.dumps(list(CODES))}
-pipeline_tag: {task}
-library_name: transformers
-license: apache-2.0
----
-# {folder.name}
+    return f"""# {folder.name}
 
 A miniature {what} for {", ".join(LANGUAGES[c].name for c in CODES)}.
 Trained on nothing but **espeak-ng synthetic speech** of template sentences, it judges such speech and says nothing about
@@ -258,7 +248,7 @@ language; noise, equaliser, low-pass, speed and level were drawn anew for every 
 
 Made by {_describe_training(training, kind)}.
 
-{measure}, {figures["clips"]} held-out sentences a language (none of them in training), by `python -m csm_nb.mini evaluate`:
+{measure}, {figures["clips"]} held-out sentences per language (none of them in training), by `python -m csm_nb.mini evaluate`:
 
 {chr(10).join(table)}
 """

@@ -49,13 +49,13 @@ READ_BY_OTHERS = 0.25  # share of language-judge clips in which the text and the
 
 
 def draw_voice(rng) -> Voice:
-    """One of the training variants at a random pitch, melody spread and rate; never a held-out voice."""
+    """Return one of the training variants at a random pitch, melody spread and rate; never a held-out voice."""
     pitch, spread, rate = rng.integers((25, 35, 135), (76, 90, 196)).tolist()
     return Voice("judge", str(rng.choice(VARIANTS)), pitch, spread, rate)
 
 
 def degrade(wav, rng, silence: float = 0.3, rate_in: int = SPEECH_RATE, rate_out: int = JUDGE_RATE) -> np.ndarray:
-    """`wav` as another chain would deliver it: speed, equaliser, low-pass, up to `silence` s at the ends, noise, level.
+    """Return `wav` as another chain delivers it: speed, equaliser, low-pass, up to `silence` s at the ends, noise, level.
 
     Speed and resampling, equaliser and low-pass are one multiplication in the frequency domain.
     """
@@ -82,7 +82,7 @@ def degrade(wav, rng, silence: float = 0.3, rate_in: int = SPEECH_RATE, rate_out
 
 
 def pass_codec(codec, wav, rng):
-    """`wav`, or in ROUND_TRIPS of the cases what `codec` makes of it; without a codec always `wav`."""
+    """Return `wav`, or in ROUND_TRIPS of the cases what `codec` makes of it; without a codec always `wav`."""
     if codec is None or rng.random() >= ROUND_TRIPS:
         return wav
     with half_precision(codec.device.type):
@@ -90,7 +90,7 @@ def pass_codec(codec, wav, rng):
 
 
 def extract_features(wav):
-    """What the SeamlessM4TFeatureExtractor makes of one 16 kHz clip, six times faster: (steps, 240).
+    """Return what the SeamlessM4TFeatureExtractor makes of one 16 kHz clip, six times faster: (steps, 240).
 
     Its own window and mel filters, in torch instead of a loop over frames; a test holds the two equal.
     """
@@ -105,7 +105,7 @@ def extract_features(wav):
 
 
 def mask_features(features, rng):
-    """Light SpecAugment (Park et al. 2019): in two clips of three a band of mels and a stretch of time are blanked."""
+    """Blank a band of mels and a stretch of time in two clips of three: light SpecAugment (Park et al. 2019)."""
     if rng.random() < 0.67:
         low, start = rng.integers(0, 70), rng.integers(0, len(features))
         features.view(len(features), -1, 80)[:, :, low : low + rng.integers(0, 14)] = 0
@@ -114,19 +114,19 @@ def mask_features(features, rng):
 
 
 def pad_features(rows):
-    """(clips, steps, features) padded with zeros, and the mask of real steps."""
+    """Return (clips, steps, features) padded with zeros, and the mask of real steps."""
     lengths = torch.tensor([len(row) for row in rows])
     features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return features, (torch.arange(features.shape[1])[None] < lengths[:, None]).long()
 
 
 def load_sentences(seed: int) -> dict:
-    """Training sentences of every language, as lists of words. Held-out sentences are never among them."""
+    """Return training sentences of every language, as lists of words. Held-out sentences are never among them."""
     return {code: [s.split() for s in make_sentences(code, SENTENCES, seed=seed, split="train")] for code in CODES}
 
 
 def draw_words(sentences, letters: int, rng) -> list[str]:
-    """At least `letters` letters in whole words: sentences or pieces of them, or (one time in five) words of many."""
+    """Return `letters` letters or more in whole words: sentences or pieces of them, or (one time in five) words of many."""
     words, salad, whole = [], rng.random() < 0.2, rng.random() < 0.5
     first = 0 if rng.random() < 0.6 else rng.integers(100)
     while (lengths := np.cumsum([0] + [len(word) + 1 for word in words]))[-1] < letters:
@@ -137,7 +137,7 @@ def draw_words(sentences, letters: int, rng) -> list[str]:
 
 
 def draw_text(sentences, letters: int, rng) -> str:
-    """`draw_words` until there is something to say."""
+    """Return draw_words, drawn until there is something to say."""
     while not normalise_text(text := " ".join(draw_words(sentences, letters, rng))):
         pass
     return text
@@ -147,7 +147,7 @@ def draw_text(sentences, letters: int, rng) -> str:
 
 
 def make_tokenizer(folder) -> Wav2Vec2CTCTokenizer:
-    """Characters of all ten languages, `|` between words, the CTC blank is `<pad>`."""
+    """Return a tokenizer of the characters of all ten languages, `|` between words, the CTC blank is `<pad>`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vocab.json"
@@ -157,7 +157,7 @@ def make_tokenizer(folder) -> Wav2Vec2CTCTokenizer:
 
 
 def encoder_config(hidden: int, layers: int, **more) -> Wav2Vec2BertConfig:
-    """A conformer of `layers` x `hidden` on stacked mel frames; none of it runs at the sample rate.
+    """Return the config of a conformer of `layers` x `hidden` on stacked mel frames; none of it runs at the sample rate.
 
     No dropout: training is too short to learn anything by heart.
     """
@@ -171,7 +171,7 @@ def encoder_config(hidden: int, layers: int, **more) -> Wav2Vec2BertConfig:
 
 
 def make_asr_batches(sentences, tokenizer, rng, done: float, steps_in_batch: int, codec=None, clips: int = 96):
-    """`clips` new clips in ten languages as batches (features, mask, labels, languages), each of like lengths.
+    """Return `clips` new clips in ten languages as batches (features, mask, labels, languages), each of like lengths.
 
     Single words first, then ever longer pieces, whole sentences after a third of the time.
     """
@@ -202,7 +202,7 @@ def make_asr_batches(sentences, tokenizer, rng, done: float, steps_in_batch: int
 
 
 def flat_start_loss(logits, mask, labels):
-    """Cross-entropy of single words against letters laid evenly over their frames, blank at the ends.
+    """Return the cross-entropy of single words against letters laid evenly over their frames, blank at the ends.
 
     CTC from nothing answers "blank" everywhere for its first thousand steps; this (HMM training's flat start) gives it
     letters to align within a minute.
@@ -217,7 +217,7 @@ def flat_start_loss(logits, mask, labels):
 
 def train_asr(out, minutes: float = 20, seed: int = 0, work=paths.ROOT / "data/mini/asr", hidden: int = 192, layers: int = 5,
               lr: float = 1.5e-3, codec=None, steps_in_batch: int = 600) -> Path:
-    """Trains the character recogniser for `minutes` and saves it in `out`; a killed run goes on from what is in `work`.
+    """Train the character recogniser for `minutes` and save it in `out`; a killed run goes on from what is in `work`.
 
     From CODEC_FROM of the time on, ROUND_TRIPS of the clips go through `codec`, if there is one, as what is judged later
     does. A linear reader of the language on the second layer trains along at no cost: the layers below it are what
@@ -263,7 +263,7 @@ def train_asr(out, minutes: float = 20, seed: int = 0, work=paths.ROOT / "data/m
 
 
 def make_lid_batch(sentences, rng, clips: int = 16, codec=None):
-    """Clips of 1 to 4 s cut anywhere: (features, mask, labels), where the label is the language of the voice.
+    """Return clips of 1 to 4 s cut anywhere: (features, mask, labels), where the label is the language of the voice.
 
     The length is drawn before the language, so it says nothing; a quarter of the texts are of another language.
     """
@@ -287,7 +287,7 @@ def make_lid_batch(sentences, rng, clips: int = 16, codec=None):
 def train_lid(out, minutes: float = 8, seed: int = 0, work=paths.ROOT / "data/mini/lid", hidden: int = 192,
               layers: int = LID_LAYERS, lr: float = 1e-3, codec=None, clips_in_batch: int = 16,
               start: str | None = "asr-mini") -> Path:
-    """Trains the language judge for `minutes` and saves it in `out`; `work` and `codec` as in `train_asr`.
+    """Train the language judge for `minutes` and save it in `out`; `work` and `codec` as in `train_asr`.
 
     It begins as the lower layers of the recogniser in the folder `start` beside `out`, which already tell sounds apart
     (None: from nothing, which takes several times as long).
@@ -321,7 +321,7 @@ def train_lid(out, minutes: float = 8, seed: int = 0, work=paths.ROOT / "data/mi
 
 
 def save_judge(model, processor, out, result: dict, seed: int, codec) -> Path:
-    """Writes a folder for `from_pretrained` and `pipeline`: weights stored in half precision, loaded in full."""
+    """Write a folder for `from_pretrained` and `pipeline`: weights stored in half precision, loaded in full."""
     out = Path(out)
     model.cpu().eval().half().save_pretrained(out)
     processor.save_pretrained(out)

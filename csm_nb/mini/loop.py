@@ -1,7 +1,6 @@
 """The training loop that the recipe of the miniature models shares: by the clock, seeded, resumable after a kill."""
 
 import math
-import os
 import platform
 import re
 import time
@@ -10,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from csm_nb.provenance import replace_file
+
 
 def fit(modules, compute_loss, minutes: float, work, lr: float, seed: int = 0, betas=(0.9, 0.99), weight_decay: float = 0.0,
         log_every: int = 50, save_every_seconds: float = 60.0, clip: float = 1.0) -> dict:
-    """Trains `modules` (name -> nn.Module) for `minutes` of training time and returns {"steps", "seconds", "losses", "asked"}.
+    """Train `modules` (name -> nn.Module) for `minutes` of training time; return {"steps", "seconds", "losses", "asked"}.
 
     `compute_loss(rng, done)` gets a numpy generator seeded by (seed, step) and the share of the time that is used up,
     and returns (loss, {name: value for the log}). Warm-up over 2 % of the time, then cosine to zero. A checkpoint is
@@ -69,7 +70,7 @@ def fit(modules, compute_loss, minutes: float, work, lr: float, seed: int = 0, b
 
 
 def describe_training(result: dict, seed: int) -> dict:
-    """What a model card says of a training: minutes asked for (several if it went on), seed, steps, seconds, and so on."""
+    """Return what a card says of a training: minutes asked for (several if it went on), seed, steps, seconds, and so on."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     processor = f"{torch.get_num_threads()} threads of {names[0] if names else platform.processor() or 'a CPU'}"
@@ -78,8 +79,7 @@ def describe_training(result: dict, seed: int) -> dict:
 
 
 def save_checkpoint(path, modules, optimizer, progress: dict) -> None:
-    """Writes the whole training state beside `path` and moves it into place, so that a kill leaves the old or the new one."""
+    """Write the whole training state beside `path` and move it into place: a kill leaves the old or the new one."""
     weights = {name: module.state_dict() for name, module in modules.items()}
-    partial = Path(path).with_suffix(".partial")
-    torch.save({"modules": weights, "optimizer": optimizer.state_dict(), "progress": progress}, partial)
-    os.replace(partial, path)
+    with replace_file(Path(path)) as partial:
+        torch.save({"modules": weights, "optimizer": optimizer.state_dict(), "progress": progress}, partial)

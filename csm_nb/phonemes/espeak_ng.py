@@ -22,8 +22,10 @@ def find_data() -> Path:
 
 @functools.cache
 def _make_folder() -> tempfile.TemporaryDirectory:
-    """A folder that is gone at the end of the process: a link to the data, short however long the path of the checkout is,
-    and a copy of the library, which can be unloaded (phonemizer keeps the original)."""
+    """Return a folder that is gone at the end of the process: a link to the data, and a copy of the library.
+
+    The link is short however long the path of the checkout is; the copy can be unloaded (phonemizer keeps the original).
+    """
     for place in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
         if len(os.fsencode(place)) <= LONGEST_PATH - 40 and os.access(place, os.W_OK):  # 40: for the names below it
             folder = tempfile.TemporaryDirectory(prefix="espeak-", dir=place)

@@ -81,7 +81,7 @@ def _read_phones(path: Path, text: str):
 
 
 def read_lexicon(path) -> dict[str, str]:
-    """{lowercase word: IPA} from a pronunciation lexicon, to be given to `to_ipa`.
+    """Return {lowercase word: IPA} from a pronunciation lexicon, to be given to `to_ipa`.
 
     Three formats are told apart by their first line: WikiPron TSV, a Montreal Forced Aligner dictionary (with or
     without probabilities), NB Uttale CSV in NoFAbet. Stød (ˀ) and the tone contours of the Swedish dictionary stay; the
@@ -103,7 +103,8 @@ def read_lexicon(path) -> dict[str, str]:
 
 
 @functools.cache
-def _load_backend(voice: str) -> EspeakBackend:
+def load_backend(voice: str) -> EspeakBackend:
+    """Return phonemizer's backend of one of espeak-ng's voices, with the data that espeakng_loader brings."""
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path("")  # it would resolve the short path that espeak-ng needs
     os.environ.pop("PHONEMIZER_ESPEAK_DATA_PATH", None)
@@ -112,8 +113,8 @@ def _load_backend(voice: str) -> EspeakBackend:
 
 
 def _ask_espeak(words: list[str], language: str) -> Iterator[str]:
-    """IPA of single words by espeak-ng, in one call, mended where its phonemes are known to be wrong."""
-    spoken = _load_backend(get_language(language).espeak).phonemize(words, strip=True) if words else []
+    """Return IPA of single words by espeak-ng, in one call, mended where its phonemes are known to be wrong."""
+    spoken = load_backend(get_language(language).espeak).phonemize(words, strip=True) if words else []
     for word, ipa in zip(words, spoken, strict=True):
         ipa = unicodedata.normalize("NFC", ipa).translate(_LEAKS).replace(" ", "")
         if language == "da":
@@ -126,7 +127,7 @@ def _ask_espeak(words: list[str], language: str) -> Iterator[str]:
 
 
 def to_ipa(texts: list[str], language: str, lexicon: dict[str, str] | None = None) -> list[str]:
-    """The texts with every word in IPA: by `lexicon` (see `read_lexicon`), by espeak-ng where it has no entry.
+    """Return the texts with every word in IPA: by `lexicon` (see `read_lexicon`), by espeak-ng where it has no entry.
 
     Word for word, so nothing is linked or reduced across words (no French liaison); spaces and punctuation are those of
     clean_text, case does not count. espeak-ng marks stress with ˈ and ˌ before the vowel; it never writes stød or tonal

@@ -40,7 +40,7 @@ class F0Track:
 
     @property
     def voiced(self) -> np.ndarray:
-        """Which frames are voiced (bool)."""
+        """Return which frames are voiced (bool)."""
         return np.isfinite(self.f0)
 
 

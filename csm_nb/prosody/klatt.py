@@ -27,7 +27,7 @@ CONTOURS = {
 
 
 def make_stod_word(sex: str, f0: float, seconds: float = STOD_SECONDS, cues=CUES) -> tuple[np.ndarray, tuple[float, float]]:
-    """Returns (wav at 24 kHz, (start, end) of its sonorant rhyme in s): one syllable like [an], with `cues` in its rhyme.
+    """Return (wav at 24 kHz, (start, end) of its sonorant rhyme in s): one syllable like [an], with `cues` in its rhyme.
 
     The cues lie in the second phase of stød, 40 to 80 % of the rhyme; without any it is the same syllable without stød.
     Raises ValueError for a cue that is not among CUES.
@@ -48,7 +48,7 @@ def make_stod_word(sex: str, f0: float, seconds: float = STOD_SECONDS, cues=CUES
 
 
 def make_accent_word(language: str, accent: int, sex: str, f0: float, seconds: float = ACCENT_SECONDS) -> np.ndarray:
-    """Returns a word like [anan] (float32, 24 kHz) with accent 1 or 2 of "sv" (Stockholm) or "no" (East Norwegian)."""
+    """Return a word like [anan] (float32, 24 kHz) with accent 1 or 2 of "sv" (Stockholm) or "no" (East Norwegian)."""
     tune = [(share * seconds, semitones) for share, semitones in CONTOURS[language][accent]]
     return _synthesise(sex, f0, seconds, tune, nasals=((0.38, 0.5), (0.85, 1.0)))
 
@@ -77,7 +77,7 @@ def _synthesise(sex, f0, seconds, tune, loudness=(), pulsing=(), nasals=()):
 
 
 def make_stod_corpus(out_dir) -> Path:
-    """Speaks the stød words, each cue alone and all together, and the same words without, and returns their manifest.
+    """Speak the stød words, each cue alone and all together, and the same words without, and return their manifest.
 
     Each line has `stod` and `windows`, [[start, end, stød or not]] in seconds, and `cues`. By four speakers at three rates:
     48 with stød, 12 without.
@@ -93,7 +93,7 @@ def make_stod_corpus(out_dir) -> Path:
 
 
 def make_accent_corpus(language: str, out_dir) -> Path:
-    """Speaks accent 1 and 2 of "sv" or "no" with eight speakers at five rates (80 words), and returns their manifest.
+    """Speak accent 1 and 2 of "sv" or "no" with eight speakers at five rates (80 words), and return their manifest.
 
     Each line has `accent` and `pair`, which two words with different accents and all else equal share.
     """

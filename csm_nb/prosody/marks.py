@@ -35,7 +35,7 @@ class MarksError(ValueError):
 
 
 def read_marks(path) -> dict[str, list]:
-    """Returns {audio file without its suffix: [[start, end, stød or not], ...]} in seconds.
+    """Return {audio file without its suffix: [[start, end, stød or not], ...]} in seconds.
 
     `path` is a TSV with the columns audio, start, end, stod (1 or 0), or a folder of TextGrids named after their audio,
     with an interval tier "stod" whose labels are 1 or stød, 0 or no, or empty. A window that is given twice counts once.
@@ -79,7 +79,7 @@ def read_marks(path) -> dict[str, list]:
 
 
 def _name_audio(path) -> str:
-    """What marks call a file: its path with slashes, composed Unicode, without the suffix of audio or TextGrid."""
+    """Return what marks call a file: its path with slashes, composed Unicode, without the suffix of audio or TextGrid."""
     path = compose(str(path)).replace("\\", "/").strip().lstrip("/")
     stem, dot, suffix = path.rpartition(".")
     named = stem if dot and f".{suffix.lower()}" in (*SUFFIXES, ".textgrid") else path
@@ -87,7 +87,7 @@ def _name_audio(path) -> str:
 
 
 def match_marks(rows, marks: dict) -> tuple[dict[str, str], set[str]]:
-    """Returns ({audio_path: the name in `marks` (read_marks) that is meant}, names that fit several files).
+    """Return ({audio_path: the name in `marks` (read_marks) that is meant}, names that fit several files).
 
     A name fits a file whose path ends in it; of several that fit one file the longest is meant.
     """
@@ -101,7 +101,7 @@ def match_marks(rows, marks: dict) -> tuple[dict[str, str], set[str]]:
 
 
 def _read_label(label):
-    """True, False, or None for an empty label."""
+    """Return True, False, or None for an empty label."""
     label = label.strip().lower()
     if label and label not in WITH | WITHOUT:
         raise ValueError(f"label {label!r}")
@@ -129,7 +129,7 @@ def _read_textgrid(path):
 
 
 def find_windows(rows, marks: dict | None = None, asr=None, among=None) -> tuple[list[dict], list[dict]]:
-    """Returns (rows with `windows` [[start, end, stød or not], ...], rows set aside with the `reason`).
+    """Return (rows with `windows` [[start, end, stød or not], ...], rows set aside with the `reason`).
 
     A row that has windows keeps them; else its `marks` are taken (read_marks); else, where the manifest says of its last
     word whether it has stød (`stod`: 1 or 0), the rhyme that the recogniser `asr` (CTC) aligns to it (align_rhyme). A file
@@ -164,7 +164,7 @@ def find_windows(rows, marks: dict | None = None, asr=None, among=None) -> tuple
 
 
 def _find_fault(windows, duration):
-    """What speaks against windows of a clip of so many seconds (None: not known), "" if nothing does."""
+    """Return what speaks against windows of a clip of so many seconds (None: not known), "" if nothing does."""
     for start, end, _ in windows:
         if duration and end > duration + LEAST_WINDOW:
             return f"marked up to {end:g} s, and it is {duration:g} s long"
@@ -174,7 +174,7 @@ def _find_fault(windows, duration):
 
 
 def align_text(asr, wav, text: str) -> tuple[list[tuple[float, float, float] | None], str]:
-    """Returns (spans, transcript): where each letter of `text` is in a clip (24 kHz), and what the recogniser writes itself.
+    """Return (spans, transcript): where each letter of `text` is in a clip (24 kHz), and what the recogniser writes itself.
 
     By torchaudio's forced alignment: (start and end in s, probability) for each character of normalise_text(text), None
     for one that the recogniser does not have, so that a span belongs to the letter at its place. Letters are looked for as
@@ -205,7 +205,7 @@ def align_text(asr, wav, text: str) -> tuple[list[tuple[float, float, float] | N
 
 
 def _find_tokens(tokenizer, text, size):
-    """The token of each character, None where there is none among the `size` that the model scores; a blank is no letter."""
+    """Return the token of each character, None where none of the `size` scored ones is it; a blank is no letter."""
     known = {token: number for token, number in tokenizer.get_vocab().items() if number < size}
     for special in tokenizer.all_special_tokens:
         known.pop(special, None)
@@ -220,7 +220,7 @@ def _find_tokens(tokenizer, text, size):
 
 
 def align_rhyme(asr, wav, text: str, language: str) -> tuple[tuple[float, float] | None, str]:
-    """Returns ((start, end) of the last word's loudest sonorant rhyme in s, "") or (None, why there is none).
+    """Return ((start, end) of the last word's loudest sonorant rhyme in s, "") or (None, why there is none).
 
     A rhyme is a vowel and the sonorants behind it, up to the next letter or the end of the sound. Silence at both ends
     is cut off before, since a recogniser that is not sure puts letters there. What the recogniser writes for the clip

@@ -101,7 +101,7 @@ def measure_irregularity(wav, times, pitch_range, sample_rate: int = SAMPLE_RATE
     """
     floor, ceiling = pitch_range
     sound = parselmouth.Sound(np.asarray(wav, dtype=np.float64), sample_rate)
-    # half Praat's 15 candidates a frame: only noise has so many, and they are what takes time
+    # half Praat's 15 candidates per frame: only noise has so many, and they are what takes time
     pitch = sound.to_pitch_ac(2 * TIME_STEP, floor, 8, pitch_ceiling=ceiling, voicing_threshold=PULSE_VOICING)
     process = call([sound, pitch], "To PointProcess (cc)")
     if call(process, "Get number of points") < 3:

@@ -34,9 +34,9 @@ MEASURES = ("stod_retention", "stod_rise")
 
 
 def measure_windows(clips) -> pd.DataFrame:
-    """Returns the CUES of every window of coded clips (clips.CodedClip), in the original and in each version.
+    """Return the CUES of every window of coded clips (clips.CodedClip), in the original and in each version.
 
-    One row a window and condition ("original" first): clip, audio_path, condition, start, end (s), stod (bool), the cues
+    One row per window and condition ("original" first): clip, audio_path, condition, start, end (s), stod (bool), the cues
     (NaN where one can not be measured), and `voiced`, the share of the first phase. Windows are `row["windows"]`,
     [[start, end, stød or not], ...] (marks.find_windows).
     """
@@ -56,12 +56,12 @@ def measure_windows(clips) -> pd.DataFrame:
 
 
 def _widen(pitch_range):
-    """A range that reaches an octave below the speaker's: where the voice creaks, its period doubles."""
+    """Return a range that reaches an octave below the speaker's: where the voice creaks, its period doubles."""
     return max(40.0, 0.5 * pitch_range[0]), pitch_range[1]
 
 
 def measure_cues(track, voice, start: float, end: float) -> dict:
-    """Returns the CUES in one sonorant rhyme, `start` to `end` in s: its second phase against its first.
+    """Return the CUES in one sonorant rhyme, `start` to `end` in s: its second phase against its first.
 
     F0 drop: 12 log2(F0 max of the first / F0 min of the second). Dips: median of the first phase less the lowest of the
     second; HNR and CPP count as 0 dB where there is no voice. Irregularity: third quartile of the second phase.
@@ -85,7 +85,7 @@ def measure_cues(track, voice, start: float, end: float) -> dict:
 
 
 def measure_retention(windows: pd.DataFrame) -> pd.DataFrame:
-    """Returns what each version keeps of stød: one row a window and condition, with the MEASURES and `reason` of a NaN.
+    """Return what each version keeps of stød: one row per window and condition, with the MEASURES and `reason` of a NaN.
 
     Each cue counts from the median of the original's windows without stød, in units of their spread. stod_retention, of a
     window with stød: the mean over the cues it has (EXPRESSED spreads or more) of the share that is left, each within 0
@@ -127,7 +127,7 @@ def measure_retention(windows: pd.DataFrame) -> pd.DataFrame:
 
 
 def smooth_voicing(wav, sample_rate: int = SAMPLE_RATE, pitch_range=None) -> np.ndarray:
-    """Returns a clip with even periods and a smooth F0 wherever it is voiced: a control that must lose stød.
+    """Return a clip with even periods and a smooth F0 wherever it is voiced: a control that must lose stød.
 
     A vocoder: Praat's LPC of the clip, driven by pulses along F0 smoothed over 50 ms. Gaps of up to 150 ms are bridged, and
     as much behind the last voice as is not 25 dB below the clip's loudest: creak is what a tracker hears no voice in. The

@@ -1,14 +1,13 @@
 """Pages for reviewers: each executed notebook as one HTML file, and an index of the runs by language and stage."""
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
 from csm_nb.hub import ModelError, describe_model, find_model
 from csm_nb.languages import get_language
 from csm_nb.paths import STAGES
-from csm_nb.provenance import read_json
+from csm_nb.provenance import read_json, replace_file
 from csm_nb.runs.folders import is_alive
 
 # nbconvert's own page without what it loads from the network (RequireJS, MathJax, Mermaid, the widget manager); a
@@ -164,7 +163,6 @@ def _name_language(code):
 
 
 def _write(path, page):
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    with replace_file(path) as part:
+        part.write_text(page, encoding="utf-8")
     return path

@@ -17,12 +17,12 @@ HIGHEST = 8000  # Hz, top of a spectrogram
 
 def compute_spectrogram(wav, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Return levels in dB, shape (frequencies up to HIGHEST, frames of 5 ms), of windows of 25 ms: harmonics show."""
-    size, hop = 2048, sample_rate // 200
-    window = torch.zeros(size)
-    length = sample_rate // 40
-    window[(size - length) // 2 : (size + length) // 2] = torch.hann_window(length)
-    samples = torch.nn.functional.pad(torch.as_tensor(np.asarray(wav, np.float32)), (size // 2, size // 2))
-    power = torch.stft(samples, size, hop, window=window, center=False, return_complex=True).abs().square()
+    size, length = 2048, sample_rate // 40
+    levels = torch.stft(
+        torch.as_tensor(np.asarray(wav, np.float32)), size, hop_length=sample_rate // 200, win_length=length,
+        window=torch.hann_window(length), pad_mode="constant", return_complex=True,
+    )  # fmt: skip
+    power = levels.abs().square()
     return 10 * torch.log10(power.clamp(min=1e-12))[: HIGHEST * size // sample_rate].numpy()
 
 

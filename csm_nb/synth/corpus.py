@@ -7,14 +7,14 @@ from pathlib import Path
 from csm_nb.audio import SAMPLE_RATE, write_audio
 from csm_nb.manifest import write_manifest
 from csm_nb.phonemes import espeak_ng
-from csm_nb.synth.espeak import VOICES, Voice, _speak
+from csm_nb.synth.espeak import VOICES, Voice, speak_with
 
 # Never spoken in training by any miniature model: they stand in for "a speaker that nobody has heard".
 HELD_OUT_VOICES = (Voice("4", "m1", 48, 65, 160), Voice("5", "f3", 50, 65, 160))
 
 
 def make_corpus(texts, language: str, out_dir, voices=VOICES, spoken_as: str | None = None) -> Path:
-    """Speaks `texts` in turn with `voices` into `out_dir` and returns the path of its manifest.jsonl.
+    """Speak `texts` in turn with `voices` into `out_dir` and return the path of its manifest.jsonl.
 
     The same arguments give the same samples. They are spoken on from clip to clip, which saves a start for each (half of
     the time), so that one clip depends on those before it.
@@ -27,7 +27,7 @@ def make_corpus(texts, language: str, out_dir, voices=VOICES, spoken_as: str | N
     with ThreadPoolExecutor(2) as writers:
         for number, text in enumerate(texts):
             voice = voices[number % len(voices)]
-            wav, _ = _speak(loaded, text, spoken_as or language, voice)
+            wav, _ = speak_with(loaded, text, spoken_as or language, voice)
             path = out_dir / f"{number:05d}.wav"
             writers.submit(write_audio, path, wav)
             rows.append({

@@ -28,7 +28,7 @@ PAD_SECONDS = 0.06  # silence left at both ends
 
 @dataclass(frozen=True)
 class Voice:
-    """One espeak-ng speaker, the same in every language: formant `variant`, `pitch` and `spread` 0-99, `rate` words a minute."""
+    """One espeak-ng speaker, the same in each language: formant `variant`, `pitch` and `spread` 0-99, `rate` words per minute."""
 
     speaker_id: str
     variant: str
@@ -61,7 +61,7 @@ _phonemes: list[tuple[int, str]] = []
 
 
 def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray:
-    """Speech of `text` by espeak-ng: float32 mono at 24 kHz, levelled, silence at the ends cut to 60 ms.
+    """Return speech of `text` by espeak-ng: float32 mono at 24 kHz, levelled, silence at the ends cut to 60 ms.
 
     Several hundred times faster than real time. The same arguments give the same samples, whatever was said before. Raises
     ValueError for an empty text, an unknown language or a variant that espeak-ng does not have.
@@ -70,11 +70,12 @@ def speak_text(text: str, language: str, voice: Voice = VOICES[0]) -> np.ndarray
 
 
 def speak_phonemes(text: str, language: str, voice: Voice = VOICES[0]) -> tuple[np.ndarray, list[tuple[float, str]]]:
-    """`speak_text`, and where each phoneme of it starts: [(seconds, IPA)], with "" for a pause."""
-    return _speak(espeak_ng.load_library(), text, language, voice)
+    """Return speak_text's samples, and where each phoneme of it starts: [(seconds, IPA)], with "" for a pause."""
+    return speak_with(espeak_ng.load_library(), text, language, voice)
 
 
-def _speak(loaded, text, language, voice):
+def speak_with(loaded, text: str, language: str, voice: Voice):
+    """Return what speak_phonemes does, by a library that is `loaded` (espeak_ng.load_library) once for many texts."""
     if not text.strip():
         raise ValueError("the text to speak is empty")
     library, sample_rate = loaded

@@ -6,6 +6,7 @@ import unicodedata
 import jiwer
 import numpy as np
 
+from csm_nb.clean import clean_text
 from csm_nb.text.numbers import spell_numbers, unify_numbers
 
 COMPARED = ("Before they are compared, texts lose case and punctuation, and every number, in digits or in words, takes one "
@@ -16,14 +17,13 @@ def normalise_text(text: str, language: str = "") -> str:
     """Return lowercase words only, composed Unicode, single spaces: what two texts are compared by.
 
     With a `language` its numbers are in words, of one form each (numbers); without one digits stay. Letters keep
-    their accents, also those that have no composed form; apostrophes are one character, and pairs of them that quote are
-    no letters.
+    their accents, also those that have no composed form; signs are plain (clean_text), and pairs of apostrophes that quote
+    are no letters.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = clean_text(text)
     if language:
         text = spell_numbers(text, language)
-    text = re.sub("[\u00ad\u200b-\u200d\u2060\ufeff]", "", text)  # soft hyphens, joiners: inside words, never seen
-    text = re.sub("[’‘ʼ´`′＇]", "'", unicodedata.normalize("NFC", text.lower()))
+    text = unicodedata.normalize("NFC", text.lower())
     text = re.sub(r"(?<!\w)'(\w[^']*\w)'(?!\w)", r" \1 ", text)
     kept = (letter if letter.isalnum() or letter == "'" or unicodedata.category(letter)[0] == "M" else " " for letter in text)
     words = [word for word in "".join(kept).split() if word.strip("'")]

@@ -113,7 +113,7 @@ def _spell_small(number, language):
 
 
 def _spell_hundreds(number, language):
-    """Hundreds up to 19 of them, and what is left: Scandinavian and Germanic."""
+    """Spell hundreds, up to 19 of them, and what is left: Scandinavian and Germanic."""
     many, rest = divmod(number, 100)
     hundred = {"en": "hundred", "no": "hundre", "sv": "hundra", "da": "hundrede", "de": "hundert", "nl": "honderd"}[language]
     joined = language in ("sv", "de", "nl")
@@ -211,7 +211,7 @@ def _read_decimals(digits, language):
 
 
 def _inflect(number, match, language):
-    """An ordinal in the form that its suffix or the words around it ask for."""
+    """Return an ordinal in the form that its suffix or the words around it ask for."""
     said, suffix = spell_ordinal(number, language), match["ordinal"]
     if language == "de" and re.search(r"\b(?:am|beim|bis|dem|den|des|im|seit|vom|zum)\s+$", match.string[: match.start()], re.I):
         return said + "n"
@@ -254,13 +254,13 @@ def read_number(words: str, language: str) -> int | None:
 
 
 def _fold(text):
-    """Lowercase letters alone, without accents: "veintiséis" and "veintiseis" are one."""
+    """Return lowercase letters alone, without accents: "veintiséis" and "veintiseis" are one."""
     return "".join(letter for letter in unicodedata.normalize("NFKD", text.lower()) if letter.isalpha())
 
 
 @cache
 def _list_small(language):
-    """{form: number} of 0 to 99."""
+    """Return {form: number} of 0 to 99."""
     words, forms = WORDS[language], {}
     for number in range(100):
         forms[number] = {_fold(_spell_small(number, language)), *map(_fold, words.others.get(number, ()))}
@@ -304,7 +304,7 @@ def _read_thousands(text, language):
 
 
 def _read_hundreds(text, language):
-    """Up to 999, and to 1999 in hundreds or as two numbers."""
+    """Read up to 999, and to 1999 in hundreds or as two numbers."""
     words, small = WORDS[language], _list_small(language)
     if text in small:
         return small[text]
@@ -329,13 +329,13 @@ def _read_hundreds(text, language):
 
 
 def _read_small(text, language):
-    """Up to 99; Italian drops a vowel before otto and ottanta: centotto."""
+    """Read up to 99; Italian drops a vowel before otto and ottanta: centotto."""
     small = _list_small(language)
     return small.get(text, small.get("o" + text) if language == "it" else None)
 
 
 def _read_rest(text, language, read):
-    """What follows a hundred or a thousand, after its joiner; 0 for nothing, None where it is no number."""
+    """Return what follows a hundred or a thousand, after its joiner; 0 for nothing, None where it is no number."""
     if not text:
         return 0
     number = read(text, language)

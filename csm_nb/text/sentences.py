@@ -28,7 +28,7 @@ _NOT_A_WORD = re.compile(r"[\W\d_]+")
 
 
 def normalise_sentence(sentence: str) -> str:
-    """Words only, lowercase, composed Unicode: what makes two sentences the same for the split."""
+    """Return words only, lowercase, composed Unicode: what makes two sentences the same for the split."""
     return _NOT_A_WORD.sub(" ", unicodedata.normalize("NFC", sentence).lower()).strip()
 
 
@@ -44,7 +44,7 @@ def split_of(sentence: str) -> str:
 
 
 def read_templates(language: str) -> tuple[str, dict[str, list[str]], list[str]]:
-    """(letters, slots, templates) of csm_nb/text/sentences/<language>.yaml, checked: every slot named exists and is used."""
+    """Return (letters, slots, templates) of sentences/<language>.yaml, checked: every slot named exists and is used."""
     path = SENTENCES_DIR / f"{get_language(language).code}.yaml"
     data = yaml.safe_load(read_text(path))
     slots = {name: [clean_text(item) for item in words.split(",")] for name, words in data["slots"].items()}
@@ -82,7 +82,7 @@ def _sentences_by_template(language: str) -> dict[str, list[list[str]]]:
 
 
 def make_sentences(language: str, count: int, seed: int = 0, split: str = "train") -> list[str]:
-    """`count` distinct sentences of `language`, the same for the same arguments.
+    """Return `count` distinct sentences of `language`, the same for the same arguments.
 
     They are drawn from the templates in turn, so that a template with many combinations does not crowd out the rest.
     2 to 6 words, 10 to 40 characters, numbers as words. No probe sentence of any language is among them. Raises
@@ -112,10 +112,10 @@ def count_sentences(language: str, split: str = "train") -> int:
 
 
 def draw_prompts(language: str, clips: int, seed: int = 0) -> tuple[list[str], str]:
-    """Return (sentences, what they are in words): `clips` to train on, then a tenth as many (and two, 128 at most)
-    for validation.
+    """Return (sentences, what they are in words): `clips` to train on, then those for validation.
 
-    Where the templates make fewer, it is all that there are, and the words say so: a profile asks every language for as many.
+    For validation a tenth as many are added, and two, 128 at most. Where the templates make fewer, it is all that there are,
+    and the words say so: a profile asks every language for as many.
     """
     sentences, said = [], []
     for split, count in (("train", clips), ("validation", min(clips // HELD_OUT + 2, VALIDATION_CLIPS))):

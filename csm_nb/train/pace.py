@@ -1,12 +1,13 @@
 """When a training logs, evaluates and saves, and the log that it keeps beside its checkpoints."""
 
 import json
-import os
 import time
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
+
+from csm_nb.provenance import replace_file
 
 
 class KeepPace(TrainerCallback):
@@ -50,12 +51,11 @@ class KeepPace(TrainerCallback):
 
 
 class WriteMetrics(TrainerCallback):
-    """Keeps <output_dir>/metrics.jsonl: one line a logged step, without what a killed run logged after its checkpoint."""
+    """Keep <output_dir>/metrics.jsonl: one line per logged step, without what a killed run logged after its checkpoint."""
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(".metrics.jsonl.part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")
-            os.replace(part, path)
+            with replace_file(path) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in state.log_history), encoding="utf-8")

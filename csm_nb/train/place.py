@@ -89,7 +89,7 @@ def _drop(value, names):
 
 
 def _hash_tensors(tensors):
-    """A hash of names, shapes and values; floats in float32, as all that is trained is trained in (loss.prepare_model)."""
+    """Return a hash of names, shapes and values; floats in float32, as all that is trained is trained in (loss.prepare_model)."""
     digest = sha256()
     for name, value in sorted(tensors.items()):
         value = value.detach()

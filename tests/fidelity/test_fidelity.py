@@ -7,7 +7,6 @@ import pytest
 from csm_nb.audio import SAMPLE_RATE, write_audio
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora.sources import load_corpus
-from csm_nb.fidelity import clips as fidelity_clips
 from csm_nb.fidelity import traits
 from csm_nb.fidelity.clips import code_clips, find_clips, list_unmeasured, measure_clips
 from csm_nb.fidelity.verdict import (
@@ -37,7 +36,7 @@ def make_summary(clips: int = 12, spread: float = 0.0, **codec):
     """A summary of a codec that measures as `codec` says (else well), beside controls that behave."""
     conditions = {"8 codebooks": GOOD | codec, "identity": GOOD, "Vorbis": GOOD, "flat F0": FLAT}
     return pd.DataFrame([
-        (name, measure, "median", value, value - spread, value + spread, clips, clips)
+        (name, measure, value, value - spread, value + spread, clips, clips)
         for name, values in conditions.items() for measure, value in values.items()
     ], columns=SUMMARY)  # fmt: skip
 
@@ -78,7 +77,7 @@ WORDS = (Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),)
 
 def make_words(name, measured, figure=0.9, note=""):
     """Evidence of stød in `measured` clips, its control behaving."""
-    rows = [(condition, "stod_retention", "median", value, value, value, measured, 48) for condition, value in
+    rows = [(condition, "stod_retention", value, value, value, measured, 48) for condition, value in
             (("8 codebooks", figure), ("identity", 1.0))] * (measured > 0)  # fmt: skip
     return Evidence(name, pd.DataFrame(rows, columns=SUMMARY), WORDS, {"identity": "passes"}, note)
 
@@ -126,8 +125,8 @@ def test_a_control_that_misbehaves_speaks_against_its_own_clips_only():
 def test_a_control_that_has_to_lower_a_measure_needs_an_interval_below_that_of_vorbis():
     criteria = (Criterion("stød", "stod_retention", "stød retention", ">=", 0.7),)
     for high, behaves in ((0.85, True), (0.95, False)):
-        rows = [("Vorbis", "stod_retention", "median", 0.95, 0.9, 1.0, 12, 12),
-                ("smooth", "stod_retention", "median", 0.5, 0.4, high, 12, 12)]
+        rows = [("Vorbis", "stod_retention", 0.95, 0.9, 1.0, 12, 12),
+                ("smooth", "stod_retention", 0.5, 0.4, high, 12, 12)]
         summary = pd.DataFrame(rows, columns=SUMMARY)
         evidence = Evidence("words", summary, criteria, {"smooth": "lowers"})
         assert check_controls([evidence]).behaves.tolist() == [behaves]
@@ -137,14 +136,14 @@ def test_medians_and_intervals_are_over_clips_and_leave_out_what_was_not_measure
     values = [1.0, 2.0, 3.0, 4.0, np.nan]
     measures = pd.DataFrame([{"condition": "identity"} | dict.fromkeys(f0.MEASURES, value) for value in values])
     row = summarise(measures).iloc[0]
-    assert (row.statistic, row.figure, row.measured, row.found) == ("median", 2.5, 4, 5) and row.low < 2.5 < row.high
+    assert (row.figure, row.measured, row.found) == (2.5, 4, 5) and row.low < 2.5 < row.high
 
 
-def test_a_summary_names_its_statistic_and_a_share_has_wilson_s_interval():
+def test_a_mean_is_taken_where_it_is_asked_for_and_a_share_has_wilson_s_interval():
     measures = pd.DataFrame({"condition": "8 codebooks", "cer_percent": [0.0, 0.0, 90.0], "right_language": [1.0, 1.0, 1.0]})
     cer, right = summarise(measures, ["cer_percent", "right_language"], "mean").itertuples()
-    assert (cer.statistic, cer.figure) == ("mean", 30.0)
-    assert (right.statistic, right.figure, right.low, right.high) == ("share", 1.0, pytest.approx(0.4385, abs=1e-4), 1.0)
+    assert cer.figure == 30.0
+    assert (right.figure, right.low, right.high) == (1.0, pytest.approx(0.4385, abs=1e-4), 1.0)
 
 
 def test_a_figure_over_fewer_clips_than_its_row_says_so():
@@ -208,8 +207,8 @@ def test_a_manifest_without_the_language_says_what_it_has(tmp_path):
 @pytest.fixture
 def perfect(monkeypatch):
     """Let the codec be one that gives back what it gets, and KlattGrid's words be fewer."""
-    monkeypatch.setattr(fidelity_clips, "encode", lambda codec, wavs, codebooks: [wav[:, None] for wav in wavs])
-    monkeypatch.setattr(fidelity_clips, "decode", lambda codec, codes: [code[:, 0] for code in codes])
+    monkeypatch.setattr("csm_nb.fidelity.clips.encode", lambda codec, wavs, codebooks: [wav[:, None] for wav in wavs])
+    monkeypatch.setattr("csm_nb.fidelity.clips.decode", lambda codec, codes: [code[:, 0] for code in codes])
     monkeypatch.setattr(klatt, "CUES", klatt.CUES[:1])
 
 

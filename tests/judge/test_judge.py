@@ -16,6 +16,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from csm_nb.clean import SIGNS, clean_text
 from csm_nb.judge import judges
 from csm_nb.judge.errors import average_cer, confusion_matrix
 from csm_nb.judge.intervals import (
@@ -187,6 +188,11 @@ def test_a_number_in_digits_is_no_error_against_its_words(language, said, writte
 
 def test_another_number_is_an_error():
     assert character_error_rates(["sju hus"], ["8 hus"], "no")[0] > 0.3
+
+
+def test_texts_are_compared_in_the_signs_that_they_are_trained_in():
+    for sign in map(chr, SIGNS):
+        assert normalise_text(f"one{sign}two") == normalise_text(clean_text(f"one{sign}two")), sign
 
 
 @pytest.mark.parametrize(("text", "kept"), [

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import MimiModel
 
+from csm_nb.csm.save import save_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini import __main__
-from csm_nb.mini.base import SPECIAL, build_model, build_processor, save_base
+from csm_nb.mini.base import SPECIAL, build_model, build_processor
 from csm_nb.mini.codec import (
     FRAME,
     SpectralLoss,
@@ -158,9 +159,10 @@ def test_every_letter_and_phoneme_of_a_language_has_a_token_of_its_own(code):
 
 def test_the_saved_base_is_laid_out_as_a_published_one(codec, tmp_path):
     processor = build_processor()
-    save_base(build_model(codec, processor, hidden_size=32, layers=1).eval(), processor, tmp_path)
+    model = build_model(codec, processor, hidden_size=32, layers=1).eval()
+    save_base(model, processor, tmp_path / "csm", torch.float16, torch.float16)
     assert {path.name for path in (ROOT / "models/csm-mini").iterdir()} - {"README.md", "training.json"} == {
-        path.name for path in tmp_path.iterdir()
+        path.name for path in (tmp_path / "csm").iterdir()
     }
 
 

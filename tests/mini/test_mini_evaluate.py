@@ -3,9 +3,10 @@
 import os
 
 import pytest
+from huggingface_hub import ModelCard
 
 from csm_nb.mini.evaluate import NORDIC, read_default_run, tabulate
-from csm_nb.paths import STAGES
+from csm_nb.paths import ROOT, STAGES
 from csm_nb.provenance import hash_folder, write_json
 
 
@@ -62,3 +63,14 @@ def test_the_table_shows_what_was_missed_as_it_shows_what_was_reached(runs):
                  "75.0 (50.0 to 100.0) %, 95 % interval 62.8 to 84.2 %", "18.0 minutes"):
         assert cell in table
     assert "no complete run" in tabulate(figures | {"run": None})
+
+
+@pytest.mark.parametrize(("name", "task", "languages"), [
+    ("csm-mini", "text-to-speech", 1),
+    ("asr-mini", "automatic-speech-recognition", 10),
+    ("lid-mini", "audio-classification", 10),
+])
+def test_the_card_of_a_miniature_has_the_header_that_the_hub_reads(name, task, languages):
+    data = ModelCard.load(ROOT / "models" / name / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", task)
+    assert len([data.language] if isinstance(data.language, str) else data.language) == languages

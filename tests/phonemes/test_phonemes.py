@@ -3,7 +3,6 @@
 import pytest
 
 from csm_nb.languages import LANGUAGES
-from csm_nb.phonemes import ipa as phonemes_ipa
 from csm_nb.phonemes.ipa import NOFABET, read_lexicon, to_ipa
 from csm_nb.text.sentences import make_sentences
 
@@ -121,7 +120,7 @@ def test_unknown_words_go_to_espeak_in_one_call_and_known_ones_not_at_all(monkey
         calls.append(words)
         return [f"<{word}>" for word in words]
 
-    monkeypatch.setattr(phonemes_ipa, "_ask_espeak", ask)
+    monkeypatch.setattr("csm_nb.phonemes.ipa._ask_espeak", ask)
     texts = ["Hun ser en hund.", "En hund ser."]
     assert to_ipa(texts, "da", {"hund": "hunˀ"}) == ["<hun> <ser> <en> hunˀ.", "<en> hunˀ <ser>."]
     assert calls == [["hun", "ser", "en"]]

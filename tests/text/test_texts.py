@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 
 from csm_nb.languages import LANGUAGES
-from csm_nb.text import sentences as text_sentences
 from csm_nb.text.sentences import (
     SENTENCES_DIR,
     SPLITS,
@@ -146,7 +145,7 @@ def test_words_that_tell_the_language_are_frequent(code, words):
 
 
 def test_a_slot_that_is_misspelt_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sentences, "SENTENCES_DIR", tmp_path)
+    monkeypatch.setattr("csm_nb.text.sentences.SENTENCES_DIR", tmp_path)
     (tmp_path / "da.yaml").write_text('letters: "ab"\nslots: {a: "x, y"}\ntemplates: ["{b} er her."]\n')
     with pytest.raises(ValueError, match=r"da\.yaml.*'a', 'b'"):
         read_templates("da")
