@@ -10,6 +10,7 @@ from filelock import SoftFileLease, Timeout
 from csm_nb.paths import show_path
 
 LEASE = 30.0  # seconds without a sign of life from the holder after which another may take over
+MOMENT = 2.0  # seconds; whoever asks whether a folder is held holds it for as long as that takes
 
 
 def claim(folder, timeout: float = -1) -> SoftFileLease:
@@ -45,9 +46,9 @@ def _is_zombie(owner):
 def hold(folder, wait: bool = True):
     """Hold `folder` (claim) in a with block, which gets the lease; its `compromise` tells whether another took over meanwhile.
 
-    While somebody else holds it this one says so and waits; without `wait` it raises filelock.Timeout at once.
+    While somebody else holds it this one says so and waits; without `wait` it raises filelock.Timeout.
     """
-    lease = claim(folder, 0)
+    lease = claim(folder, MOMENT)
     try:
         lease.acquire()
     except Timeout:

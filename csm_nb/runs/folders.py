@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from csm_nb import paths
-from csm_nb.claims import claim, is_held, name_holder
+from csm_nb.claims import MOMENT, claim, is_held, name_holder
 from csm_nb.hub import find_model, list_models
 from csm_nb.languages import LANGUAGES
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
@@ -47,7 +47,6 @@ HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner t
 RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.runs and papermill are at work on it, on their host
 NOTEBOOK = "notebook.ipynb"  # in a run's folder: claimed by who runs it through papermill, as the folder is by its kernel
 QUIET = {*PLACES, "log_every", "save_every", "keep_checkpoints"}  # parameters that change no number and nothing that is shown
-MOMENT = 2.0  # s; whoever asks whether a folder is held holds it for as long as that takes
 _HELD = {}  # the claim on the folder that this process's notebook writes to
 
 

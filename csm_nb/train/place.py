@@ -39,8 +39,7 @@ def place_training(model, train_rows, valid_rows, recipe, data) -> Path:
     made_of = describe_training(model, train_rows, valid_rows, recipe)
     place = Path(data) / "trainings" / hash_value(made_of)
     if not (place / RECORD).is_file():
-        with hold(place):
-            place.mkdir(parents=True, exist_ok=True)
+        with hold(place / RECORD):  # the folder itself is held by who trains in it
             write_json(place / RECORD, made_of)
     return place
 
