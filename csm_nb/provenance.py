@@ -10,12 +10,15 @@ import math
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
+from csm_nb import paths
 from csm_nb.clean import EncodingError, find_file, read_lines
 from csm_nb.processes import count_cores
 
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "datasets", "moshi", "numpy", "papermill", "csm-nb")
+SETTLED = 2.0  # s; a file that was written to this long ago can not be written to again without a later time of change
 
 
 def hash_value(value) -> str:
@@ -43,21 +46,47 @@ def hash_folder(folder: Path) -> str:
 
 
 def hash_recordings(path: Path) -> str:
-    """Return a hash of a folder of audio (names and sizes) or of a manifest (its bytes, and the sizes of its clips)."""
+    """Return a hash of a folder of audio (names and bytes) or of a manifest (its bytes, and those of its clips).
+
+    So a file that was changed under its name and at its size counts. What takes over a second to read is remembered in
+    data/hashes.json with its size and time, by which it is read again when either changes.
+    """
     if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.is_file()]
-        return hash_value([(p.relative_to(path).as_posix(), p.stat().st_size) for p in files])
-    sizes = []
+        files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+        return hash_value(list(zip(files, _hash_files(files.values()), strict=True)))
+    clips = []
     try:
         lines = [line for line, _ in read_lines(path)]
     except EncodingError:  # manifest.read_manifest says so
         lines = []
     for line in lines:
         try:
-            sizes.append(find_file(path.parent / json.loads(line)["audio_path"]).stat().st_size)
-        except (ValueError, LookupError, TypeError, OSError):  # a bad line or clip: corpora sets it aside and says so
-            sizes.append(None)
-    return hash_value([hash_file(path), sizes])
+            clips.append(find_file(path.parent / json.loads(line)["audio_path"]))
+        except (ValueError, LookupError, TypeError, OSError):  # a bad line: corpora sets it aside and says so
+            clips.append(None)
+    return hash_value([hash_file(path), _hash_files(clips)])
+
+
+def _hash_files(files):
+    """The hashes of files, None for one that is not there or can not be read."""
+    memory, began, hashes = paths.ROOT / "data" / "hashes.json", time.time(), []
+    known = read_json(memory)
+    for file in files:
+        try:
+            status = file.stat()
+            kept = known.get(str(file), [None, None, None])
+            if kept[:2] != [status.st_size, status.st_mtime_ns]:
+                kept = [status.st_size, status.st_mtime_ns, hash_file(file)]
+                if began - status.st_mtime > SETTLED:
+                    known[str(file)] = kept
+            hashes.append(kept[2])
+        except (OSError, AttributeError):
+            hashes.append(None)
+    if time.time() - began > 1:
+        with contextlib.suppress(OSError):  # a project that can not be written to reads them again
+            memory.parent.mkdir(exist_ok=True)
+            write_json(memory, known)
+    return hashes
 
 
 def hash_code(source: str, package: Path, given=(), unasked=()) -> str:
@@ -73,16 +102,21 @@ def hash_code(source: str, package: Path, given=(), unasked=()) -> str:
     while waiting:
         place = waiting.pop()
         for name in _find_imports(trees[place], package, place) - trees.keys():
-            if not any(name == out or name.startswith(f"{out}.") for out in given):
+            if not _is_given(name.split("."), given):
                 trees[name] = ast.parse(_find_module(package, name).read_text(encoding="utf-8"))
                 waiting.append(name)
-    rooms = {"", *(name.partition(".")[0] for name in trees)}
+    rooms = {name.partition(".")[0] for name in trees}
     data = [p.relative_to(package) for p in sorted(package.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc")]
-    data = [p for p in data if (p.parts[0] if len(p.parts) > 1 else "") in rooms and p.stem not in unasked]
+    data = [p for p in data if len(p.parts) == 1 or p.parts[0] in rooms]
+    data = [p for p in data if p.stem not in unasked and not _is_given(p.parts, given)]
     return hash_value([
         {name: ast.dump(_strip_docstrings(tree)) for name, tree in trees.items()},
         {p.as_posix(): hash_file(package / p) for p in data},
     ])  # fmt: skip
+
+
+def _is_given(parts, given):
+    return any(list(parts[: len(out.split("."))]) == out.split(".") for out in given)
 
 
 def _strip_docstrings(tree):

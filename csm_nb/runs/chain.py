@@ -49,6 +49,7 @@ class Task:
     note: str = ""
     folder: Path | None = None
     process: subprocess.Popen | None = None
+    claim: object = None
     started: float = 0.0
     seconds: float = 0.0
 
@@ -168,6 +169,7 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
                     _stop_process(task.process)
                     _end_kernel(task.folder)
                     _record_failure(task, "interrupted", "Ctrl-C")
+                    task.claim.release()
                     task.state, task.note = "not run", f"interrupted; {show_path(task.folder)}"
                 elif task.state == "waiting":
                     task.state = "not run"
@@ -218,8 +220,9 @@ def _start_task(task, threads, force=False):
     for folder in (base, *base.parent.glob(f"{base.name}.*")):
         if ended := end_processes(folders.find_orphans(folder)):
             print(f"{_clock()}  {task} ended {', '.join(map(str, ended))}, left at work by a call that was killed", flush=True)
-    task.folder = folders.choose_folder(base)
-    if folders.is_alive(base):
+    beside = folders.is_alive(base)
+    task.folder, task.claim = folders.claim_notebook(base)
+    if beside:
         print(f"{_clock()}  {task} another call is at work on it in {show_path(base)}, and this one does it again beside that;"
               " Ctrl-C, and call again when the other is done, to take its result", flush=True)
     task.folder.mkdir(parents=True, exist_ok=True)
@@ -268,6 +271,7 @@ def _end_task(task):
         task.state, task.note = "failed", show_path(notebook if notebook.is_file() else task.folder / "log.txt")
         print(f"{_clock()}  {task} failed after {task.seconds:.0f} s: {task.note}", *lines, sep="\n    ", flush=True)
     _export_page(task)
+    task.claim.release()
 
 
 def _export_page(task):

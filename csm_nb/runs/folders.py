@@ -1,5 +1,6 @@
 """A run's folder: named by everything that can change its result, taken by one process, marked when it is done."""
 
+import contextlib
 import os
 import random
 import resource
@@ -8,8 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import Timeout
+
 from csm_nb import paths
+from csm_nb.claims import MOMENT, claim, is_held, name_holder
 from csm_nb.hub import find_model, list_models
+from csm_nb.languages import LANGUAGES
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
 from csm_nb.processes import count_cores, identify_process, is_running
 from csm_nb.provenance import (
@@ -39,7 +44,10 @@ from csm_nb.runs.params import (
 )
 
 HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner tells a notebook its folder
-RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.runs and papermill are at work on it
+RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.runs and papermill are at work on it, on their host
+NOTEBOOK = "notebook.ipynb"  # in a run's folder: claimed by who runs it through papermill, as the folder is by its kernel
+QUIET = {*PLACES, "log_every", "save_every", "keep_checkpoints"}  # parameters that change no number and nothing that is shown
+_HELD = {}  # the claim on the folder that this process's notebook writes to
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,8 @@ class Run:
 def find_inputs(params: dict) -> dict[str, dict]:
     """Return {name: {"path", "hash"}} of the files and models that a stage's effective parameters name.
 
-    Models hash as their weights and settings, a hub id that is not under models/ as itself, a manifest as its bytes and its
-    clips' sizes, a folder of audio as its names and sizes. Where languages are compared, each adapter in `adapters_dir` is
+    Models hash as their weights and settings, a hub id that is not under models/ as itself, a manifest and a folder of audio
+    as all their bytes. Where languages are compared, each adapter in `adapters_dir` is
     an input.
     """
     inputs = {}
@@ -134,11 +142,22 @@ def _find_adapter(init_adapter, params, inputs):
 
 
 def hash_run(stage: str, params: dict, inputs: dict) -> str:
-    """Return the 12 hex digits that name a run's folder. Inputs count by content, so a moved project keeps its runs."""
-    named = {key: value for key, value in params.items() if key not in inputs and key not in PLACES}
+    """Return the 12 hex digits that name a run's folder. Inputs count by content, so a moved project keeps its runs.
+
+    Out of it are QUIET parameters, docstrings, comments, and the sentences of languages that the stage does not ask for.
+    """
+    named = _drop_quiet({key: value for key, value in params.items() if key not in inputs})
     cells = [cell for cell in _code_cells(_notebook_path(stage)) if not _is_parameters(cell)]
-    code = hash_code("\n".join("".join(cell["source"]) for cell in cells), paths.PACKAGE)
+    asked = {"en", params["language"], *params.get("compare", [])}
+    code = hash_code("\n".join("".join(cell["source"]) for cell in cells), paths.PACKAGE, ("runs.templates",),
+                     LANGUAGES.keys() - asked)
     return hash_value([named, {key: value["hash"] for key, value in inputs.items()}, code, *_list_optional(stage, params)])
+
+
+def _drop_quiet(value):
+    if isinstance(value, dict):
+        return {key: _drop_quiet(item) for key, item in value.items() if key not in QUIET}
+    return value
 
 
 def choose_folder(base: Path) -> Path:
@@ -155,32 +174,60 @@ def choose_folder(base: Path) -> Path:
 
 
 def is_alive(folder: Path) -> bool:
-    """Return whether other living processes are at work on a run's folder: its notebook, or papermill that starts it."""
-    return any(pid != os.getpid() for pid, _ in _find_workers(folder))
+    """Return whether other living processes, of any host, are at work on a run's folder: its kernel, or who runs papermill."""
+    return folder not in _HELD and (is_held(folder) or is_held(folder / NOTEBOOK))
+
+
+def claim_notebook(base: Path):
+    """Return (folder, claim) of the next run of a hash (choose_folder), held until the claim is released: who runs a notebook
+    through papermill holds it, also before there is a kernel, and hands the folder down."""
+    while True:
+        folder = choose_folder(base)
+        lease = claim(folder / NOTEBOOK, 0)
+        with contextlib.suppress(Timeout):  # another was faster
+            lease.acquire()
+            return folder, lease
 
 
 def find_orphans(folder: Path) -> list:
-    """Return the processes ([id, start time]) at work on a run's folder whose csm_nb.runs was killed; a notebook that was
-    opened by hand is none."""
-    runner = read_json(folder / RUNNER).get("runner")
-    return _find_workers(folder) if runner and not is_running(runner) else []
-
-
-def _find_workers(folder):
+    """Return the processes ([id, start time]) of this host at work on a run's folder whose csm_nb.runs was killed; a notebook
+    that was opened by hand is none. On another host they end by themselves or hold their claim."""
+    runner = read_json(folder / RUNNER)
+    if not runner.get("runner") or is_running(runner["runner"]):
+        return []
     record = read_json(folder / "run.json")
     kernel = record.get("process") if record.get("status") == "running" else None
-    return [identity for identity in (read_json(folder / RUNNER).get("papermill"), kernel) if is_running(identity)]
+    return [identity for identity in (runner.get("papermill"), kernel) if is_running(identity)]
 
 
-def _take_folder(base):
-    """The folder that the runner handed down, else choose_folder's: it decided once, and both have to mean the same."""
+def _claim_folder(base):
+    """The folder that the runner handed down, else choose_folder's, held by this process until its run is finished.
+
+    The runner decided once, and both have to mean the same.
+    """
     handed = os.environ.get(HANDED_DOWN)
-    if not handed or Path(handed).parent != base.parent:  # run by hand
-        return choose_folder(base)
-    if Path(handed).name.split(".")[0] != base.name:
+    handed = Path(handed) if handed and Path(handed).parent == base.parent else None  # else it is run by hand
+    if handed and handed.name.split(".")[0] != base.name:
         raise ParameterError(f"{show_path(handed)} was chosen for this run, and by now its parameters, inputs or code ask for "
                              f"{base.name}: something was edited while it started. Run it again")
-    return Path(handed)
+    folder = handed or choose_folder(base)
+    if folder not in _HELD:
+        _release_claims()  # of a run that was left unfinished in this process
+        lease = claim(folder, MOMENT)
+        try:
+            lease.acquire()
+        except Timeout:
+            if handed is None:
+                return _claim_folder(base)  # another was faster; the next free one
+            raise ParameterError(f"{name_holder(folder)} is at work in {show_path(folder)}; stop it, or wait for its end, and "
+                                 "run this again") from None
+        _HELD[folder] = lease
+    return folder
+
+
+def _release_claims():
+    while _HELD:
+        _HELD.popitem()[1].release()
 
 
 def find_done(base: Path) -> Path | None:
@@ -211,7 +258,7 @@ def open_run(stage: str, namespace: dict) -> Run:
     params = check_params(stage, namespace)
     check_inputs(stage, params)
     base, inputs = place_run(stage, params)
-    folder = _take_folder(base)
+    folder = _claim_folder(base)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", {
         "status": "running", "stage": stage, "language": params["language"], "params": params, "seed": params["seed"],
@@ -258,4 +305,5 @@ def finish_run(run: Run, metrics: dict, verdict: str) -> None:
     write_json(run.dir / "metrics.json", {"verdict": verdict} | metrics)
     write_json(run.dir / "run.json", record)
     write_json(run.dir / "done.json", {"verdict": verdict, "finished": time.time()})
+    _release_claims()
     print(f"done in {record['seconds']:.0f} s, {peak / 2**30:.1f} GiB at most: {show_path(run.dir)}")

@@ -5,25 +5,26 @@ import os
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 
+from csm_nb.claims import is_held, name_holder
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import split, tokens
 from csm_nb.csm import adapters, load
 from csm_nb.device import pick_device
 from csm_nb.paths import resolve_path, show_path
-from csm_nb.provenance import read_json, write_json
+from csm_nb.provenance import read_json
 from csm_nb.recipe import TrainingError, read_recipe
-from csm_nb.runs.folders import is_alive
-from csm_nb.train import trainer
+from csm_nb.train import callbacks, trainer
+from csm_nb.train.place import place_training
 
 # What the parameters of a stage are called, where it is not as in Recipe.
 OWN = {"01_anchor": {"steps": "anchor_steps"}, "02_synthetic": {"steps": "synthetic_steps"},
        "03_adapter": {"steps": "adapter_steps", "lr": "adapter_lr"}}
 HELP = """The training of a run that a notebook (01 to 03) has begun, on several GPUs:
 
-1. Start the notebook or `make run` as ever, and stop it when the training's first line is there: the tokens are made by then.
+1. Start the notebook or `make run` as ever, and stop it when the training's first line is there: the tokens are made by then,
+   and run.json says where they are.
 2. torchrun --nproc-per-node 8 -m csm_nb.runs.launch runs/no/03_adapter/<hash>
    One process per GPU; a step takes batch_size x accumulate rows in each of them. Killed and started again with as many
    processes, it goes on.
@@ -32,9 +33,10 @@ HELP = """The training of a run that a notebook (01 to 03) has begun, on several
 
 
 def train_run(folder) -> list[dict]:
-    """Train in the run's `folder` what its run.json says, on its tokens, and return the loss history.
+    """Train what the run.json in `folder` says, on the tokens that it names, and return the loss history.
 
-    Each process of torchrun calls it. Raises TrainingError when there is nothing to train there, or a notebook still does.
+    The training is the run's own in data/trainings (train.place), where its notebook finds it done. Each process of torchrun
+    calls it. Raises TrainingError when there is nothing to train there, or a notebook still does.
     """
     folder, rank = resolve_path(folder), int(os.environ.get("RANK", 0))
     record = read_json(folder / "run.json")
@@ -42,14 +44,12 @@ def train_run(folder) -> list[dict]:
     if stage not in OWN:
         raise TrainingError(f"{show_path(folder)} holds no run of {', '.join(OWN)} (found: {stage or 'no run.json'}); name a "
                             "run's folder, such as runs/no/03_adapter/<hash>")
-    if (folder / "done.json").is_file() or not (folder / "tokens.parquet").is_file():
-        found = "is done" if (folder / "done.json").is_file() else "has no tokens.parquet yet"
+    kept = record.get("used", {}).get("tokens")
+    if (folder / "done.json").is_file() or not kept:
+        found = "is done" if (folder / "done.json").is_file() else "names no tokens yet"
         raise TrainingError(f"{show_path(folder)} {found}; start its notebook, and stop it at the training's first line")
-    if rank == 0:
-        if is_alive(folder):
-            raise TrainingError(f"process {record['process'][0]} still works in {show_path(folder)}; stop it first")
-        me = psutil.Process()
-        write_json(folder / "run.json", record | {"status": "running", "process": [me.pid, me.create_time()]})
+    if rank == 0 and is_held(folder):
+        raise TrainingError(f"{name_holder(folder)} still works in {show_path(folder)}; stop it first")
     device = pick_device(params["device"])
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     torch.manual_seed(params["seed"])
@@ -60,13 +60,14 @@ def train_run(folder) -> list[dict]:
     before = inputs.get("init_adapter")
     before = resolve_path(before["path"]) if before else None
     model = adapters.start_training(model, params["method"], before, *(params[key] for key in ("rank", "alpha", "dropout")),
-                               params["train_mlp"], params["train_text"])
-    rows = tokens.read_tokens(folder / "tokens.parquet", load_codec(base))
+                               params["train_mlp"], params["train_text"], seed=params["seed"])
+    rows = tokens.read_tokens(resolve_path(kept[-1]), load_codec(base))
     train_rows, valid_rows, how = split.split_rows(rows, params["max_tokens"])
     recipe = read_recipe(params, **{field: params[name] for field, name in OWN[stage].items()})
     if rank == 0:
         print(f"{len(train_rows)} clips to train on; {how}", flush=True)
-    return trainer.train_model(model, processor, train_rows, valid_rows, folder / "training", recipe)
+    place = place_training(model, train_rows, valid_rows, recipe, resolve_path(params["runs_dir"]).parent / "data")
+    return trainer.train_model(model, processor, train_rows, valid_rows, place, recipe, callbacks.show_progress(recipe))
 
 
 def main() -> None:

@@ -16,10 +16,9 @@ from csm_nb.device import has_fast_bfloat16
 from csm_nb.hub import TOKENIZER
 from csm_nb.provenance import hash_code, hash_file, hash_value, write_json
 from csm_nb.text.sentences import VALIDATION_CLIPS
-from csm_nb.train.checkpoints import save_weights
 from csm_nb.train.loss import inner_model
 
-RECORD, START = "training.json", "start"  # what it is made of; the adapter that it begins with
+RECORD = "training.json"
 # Fields of a recipe that move no weight: lines of the log, checkpoints, samples, the choice between checkpoints.
 MOVES_NOTHING = {"log_every", "log_seconds", "sample_every", "save_every", "save_minutes", "keep_checkpoints", "price_per_hour",
                  "choice"}
@@ -40,10 +39,7 @@ def place_training(model, train_rows, valid_rows, recipe, data) -> Path:
     made_of = describe_training(model, train_rows, valid_rows, recipe)
     place = Path(data) / "trainings" / hash_value(made_of)
     if not (place / RECORD).is_file():
-        with hold(place):
-            place.mkdir(parents=True, exist_ok=True)
-            if isinstance(model, PeftModel):  # drawn at random, so that launch could not begin with it otherwise
-                save_weights(model, place / START)
+        with hold(place / RECORD):  # the folder itself is held by who trains in it
             write_json(place / RECORD, made_of)
     return place
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from psutil import Process
 
+from csm_nb.claims import claim
 from csm_nb.corpora import tokens
 from csm_nb.provenance import write_json
 from csm_nb.recipe import TrainingError
@@ -27,8 +27,10 @@ def make_run(folder, **changes):
     folder.mkdir(parents=True)
     params = {name: parameter.default for name, parameter in read_cell("01_anchor").items()}
     params |= {"anchor_steps": 3, "rank": 4, "alpha": 8, "max_tokens": 128, "device": "cpu", "log_every": 1} | changes
+    params["runs_dir"] = str(folder.parent / "runs")
     write_json(folder / "run.json", {"status": "running", "stage": "01_anchor", "language": "no", "params": params,
-                                     "inputs": {"base_model": {"path": "models/csm-mini", "hash": ""}}, "process": [2**22, 0]})
+                                     "inputs": {"base_model": {"path": "models/csm-mini", "hash": ""}},
+                                     "used": {"tokens": [str(folder / "tokens.parquet")]}})
     rng = np.random.default_rng(0)
     rows = [{"text": f"Setning {i}.", "codes": rng.integers(1, 512, (20, 8)).tolist(), "speaker_id": "0", "language": "no",
              "duration": 0.8} for i in range(12)]
@@ -43,11 +45,13 @@ def test_two_processes_train_a_run_that_one_then_finds_done(tmp_path, changes):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*LAUNCH, folder], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [step for step, _ in list_checkpoints(folder / "training")][-1] == 3
+    [training] = (tmp_path / "data" / "trainings").glob("*/")
+    assert [step for step, _ in list_checkpoints(training)][-1] == 3
     assert done.stdout.count("step 3/3  loss") == 1 and done.stdout.count("10 clips to train on; 2 clips of 2 held-out") == 1
-    written = (folder / "training" / "metrics.jsonl").read_text()
+    written = (training / "metrics.jsonl").read_text()
     history = launch.train_run(folder)  # as the notebook does, in one process
     assert history == [row for row in map(json.loads, written.splitlines()) if "train_loss" not in row]
+    assert [*(tmp_path / "data" / "trainings").glob("*/")] == [training]
 
 
 def test_a_run_that_can_not_be_trained_is_refused_with_what_to_do(tmp_path):
@@ -55,16 +59,14 @@ def test_a_run_that_can_not_be_trained_is_refused_with_what_to_do(tmp_path):
     record = json.loads((folder / "run.json").read_text())
     with pytest.raises(TrainingError, match=r"no run of 01_anchor, 02.* \(found: no run.json\); name a run's folder"):
         launch.train_run(tmp_path)
-    parent = os.getppid()
-    write_json(folder / "run.json", record | {"process": [parent, Process(parent).create_time()]})
-    with pytest.raises(TrainingError, match=f"process {parent} still works in .*stop it first"):
+    with claim(folder), pytest.raises(TrainingError, match=f"process {os.getpid()} on .* still works in .*stop it first"):
         launch.train_run(folder)
     (folder / "done.json").write_text("{}")
     with pytest.raises(TrainingError, match="is done; start its notebook"):
         launch.train_run(folder)
     (folder / "done.json").unlink()
-    (folder / "tokens.parquet").unlink()
-    with pytest.raises(TrainingError, match="has no tokens.parquet yet"):
+    write_json(folder / "run.json", record | {"used": {}})
+    with pytest.raises(TrainingError, match="names no tokens yet"):
         launch.train_run(folder)
 
 

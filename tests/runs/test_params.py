@@ -5,12 +5,17 @@ import importlib.util
 import json
 import os
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, write_notebook
 
-from csm_nb import paths, provenance, recipe
+from csm_nb import claims, paths, provenance, recipe
+from csm_nb.claims import claim
 from csm_nb.runs import folders, params
 
 
@@ -279,6 +284,55 @@ def test_hash_changes_with_imported_code_but_not_with_its_comments(here):
     assert place() not in (base, changed)
 
 
+def test_hash_ignores_docstrings_and_layout(here):
+    (here / "csm_nb" / "helper.py").write_text("VALUE = 1\ndef f(x):\n    return x\nclass A:\n    n = 1\n")
+    base = place()
+    text = '"""A module."""\n\nVALUE = 1\n\n\ndef f(x):\n    """Return x."""\n    return (\n        x)\n\n\n'
+    (here / "csm_nb" / "helper.py").write_text(text + 'class A:\n    """An a."""\n\n    n = 1\n')
+    assert place() == base
+    (here / "csm_nb" / "helper.py").write_text(text + 'class A:\n    """An a."""\n\n    n = 2\n')
+    assert place() != base
+
+
+def test_hash_is_of_code_in_rooms_however_deep(here):
+    room = here / "csm_nb" / "deep" / "deeper"
+    room.mkdir(parents=True)
+    (room / "__init__.py").write_text("")
+    (room.parent / "__init__.py").write_text("")
+    (room / "code.py").write_text("VALUE = 1\n")
+    (here / "csm_nb" / "helper.py").write_text("from csm_nb.deep.deeper.code import VALUE\n")
+    base = place()
+    (room / "code.py").write_text("VALUE = 2\n")
+    changed = place()
+    (room / "words.yaml").write_text("- ord\n")
+    assert len({base, changed, place()}) == 3
+
+
+def test_hash_ignores_sentences_of_languages_that_are_not_asked_for_and_data_of_other_rooms(here):
+    (here / "csm_nb" / "helper.py").write_text("from csm_nb.text import sentences\n")
+    base, sentences = place(), here / "csm_nb" / "text" / "sentences"
+    (sentences / "pl.yaml").write_text("letters: a\n")
+    (here / "csm_nb" / "speak" / "words.yaml").write_text("- ord\n")
+    (here / "csm_nb" / "runs" / "templates").mkdir(exist_ok=True)
+    (here / "csm_nb" / "runs" / "templates" / "page.html").write_text("<p>")
+    assert place() == base and place(language="sv").name != base.name
+    for name in ("da", "en"):
+        before = place()
+        (sentences / f"{name}.yaml").write_text("letters: a\n")
+        assert place() != before
+
+
+@pytest.mark.parametrize("quiet", ["log_every", "log_seconds", "save_every", "save_minutes", "keep_checkpoints",
+                                   "price_per_hour"])
+def test_hash_ignores_parameters_that_change_no_number(quiet):
+    known = {"language": "da", "lr": 1.0}
+    hashes = [folders.hash_run("01_anchor", known | {quiet: value}, {}) for value in (1, 2)]
+    nested = [folders.hash_run("01_anchor", known | {"recipe": {"rank": 4, quiet: value}}, {}) for value in (1, 2)]
+    assert len(set(hashes)) == len(set(nested)) == 1
+    assert folders.hash_run("01_anchor", known | {"recipe": {"rank": 8, quiet: 1}}, {}) != nested[0]
+    assert folders.hash_run("01_anchor", known | {"sample_every": 3}, {}) != folders.hash_run("01_anchor", known, {})
+
+
 def test_hash_changes_with_a_notebook_cell_but_not_with_the_default_of_an_overridden_parameter(here):
     notebook, base = here / "notebooks" / "00_mimi_sanity.ipynb", place(clips=5)
     text = notebook.read_text()
@@ -297,11 +351,37 @@ def test_hash_changes_with_a_clip_of_a_manifest_and_survives_a_bad_line(here):
     assert place(audio="m.jsonl") != base
 
 
-def test_hash_of_a_folder_of_audio_is_of_names_and_sizes(here):
+def test_hash_of_a_folder_of_audio_is_of_names_and_bytes(here):
     (here / "clips").mkdir()
-    base = place(audio="clips")
-    (here / "clips" / "a.wav").write_bytes(b"12")
-    assert place(audio="clips") != base
+    names, clip = [place(audio="clips")], here / "clips" / "a.wav"
+    for content in (b"12", b"34"):
+        clip.write_bytes(content)
+        names.append(place(audio="clips"))
+    clip.rename(clip.with_name("b.wav"))
+    assert len({*names, place(audio="clips")}) == 4
+
+
+def test_a_clip_that_changed_under_its_name_and_size_is_seen(here):
+    (here / "m.jsonl").write_text('{"audio_path": "a.wav"}\n')
+    (here / "a.wav").write_bytes(b"12")
+    base = place(audio="m.jsonl")
+    (here / "a.wav").write_bytes(b"34")
+    assert place(audio="m.jsonl") != base
+
+
+def test_what_takes_long_to_hash_is_remembered_and_read_again_when_its_time_changes(here, monkeypatch):
+    (here / "clips").mkdir()
+    clip, read, now = here / "clips" / "a.wav", [], iter(range(100, 10**9, 5))
+    clip.write_bytes(b"12")
+    os.utime(clip, (1, 1))
+    monkeypatch.setattr(provenance.time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(provenance, "hash_file", lambda path: read.append(path) or "x")
+    for _ in range(2):
+        provenance.hash_recordings(here / "clips")
+    assert read == [clip]
+    os.utime(clip, (2, 2))
+    provenance.hash_recordings(here / "clips")
+    assert read == [clip, clip]
 
 
 def test_open_run_records_provenance_and_seeds(here):
@@ -331,21 +411,83 @@ def test_an_unfinished_run_is_taken_up_and_a_finished_one_never_overwritten(here
     assert provenance.read_json(first.dir / "metrics.json")["x"] == 1
 
 
-def test_a_folder_that_another_process_writes_to_is_left_alone(here):
+def test_orphans_are_what_a_killed_runner_left_at_work(here):
     import psutil
 
     base = place()
     base.mkdir(parents=True)
     other = psutil.Process().parent()
     at_work, over = [other.pid, other.create_time()], [other.pid, other.create_time() - 60]
-    provenance.write_json(base / "run.json", {"status": "running", "process": at_work})
-    assert folders.choose_folder(base).name == base.name + ".2"
-    provenance.write_json(base / "run.json", {"status": "running", "process": over})
-    assert folders.choose_folder(base) == base  # the process id is another process's by now
-    provenance.write_json(base / folders.RUNNER, {"runner": over, "papermill": at_work})  # its kernel is not there yet
-    assert folders.choose_folder(base).name == base.name + ".2" and folders.find_orphans(base) == [at_work]
+    provenance.write_json(base / folders.RUNNER, {"runner": over, "papermill": at_work})
+    assert folders.find_orphans(base) == [at_work]
     provenance.write_json(base / folders.RUNNER, {"runner": at_work, "papermill": at_work})
     assert folders.find_orphans(base) == []
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from csm_nb import paths
+from csm_nb.runs import folders, params
+here = Path(sys.argv[1])
+paths.ROOT, paths.NOTEBOOKS, paths.PACKAGE = here, here / "notebooks", here / "csm_nb"
+values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+print(folders.open_run("00_mimi_sanity", values).dir, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone_and_taken_over_when_that_is_killed(here):
+    command = [sys.executable, "-c", WORK, str(here)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+    first = Path(other.stdout.readline().strip())
+    assert folders.is_alive(first) and folders.open_run("00_mimi_sanity", values).dir.name == f"{first.name}.2"
+    other.kill()  # and nobody asks how it ended: it stays a zombie
+    deadline = time.monotonic() + 10
+    while folders.is_alive(first) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert folders.open_run("00_mimi_sanity", values).dir == first
+    other.communicate()
+
+
+def test_a_run_that_the_runner_handed_down_is_refused_where_another_process_has_it(here, monkeypatch):
+    values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
+    monkeypatch.setenv(folders.HANDED_DOWN, str(place()))
+    monkeypatch.setattr(folders, "MOMENT", 0.1)
+    with claim(place()), pytest.raises(recipe.ParameterError, match=r"process \d+ on .* is at work in runs/da.*wait for its end"):
+        folders.open_run("00_mimi_sanity", values)
+
+
+def test_two_calls_that_begin_at_once_run_in_folders_of_their_own(here):
+    first, one = folders.claim_notebook(place())
+    second, two = folders.claim_notebook(place())
+    assert (first, second.name) == (place(), f"{first.name}.2")
+    one.release(), two.release()
+    assert not folders.is_alive(first)
+
+
+def test_a_run_of_another_host_that_lost_its_power_is_taken_over_when_its_lease_is_over(here, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE", 0.5)
+    base = place()
+    with claim(base) as lease:
+        marker = base.with_name(f".{base.name}.lease")
+        text = marker.read_text().replace(f"host={lease.owner.hostname}", "host=another-host")
+    marker.write_text(text)
+    assert folders.choose_folder(base).name == f"{base.name}.2"
+    with claims.hold(base):
+        pass
+    assert folders.choose_folder(base) == base
+
+
+def test_a_run_says_where_its_data_is_and_what_it_used_of_it(here):
+    run = folders.open_run("00_mimi_sanity", {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()})
+    assert run.data == here / "data"
+    folders.note_used(run, tokens=run.data / "tokens" / "a", training=run.data / "trainings" / "b")
+    folders.note_used(run, training=[run.data / "trainings" / "c", run.data / "trainings" / "b"])
+    folders.finish_run(run, {}, "go")
+    used = provenance.read_json(run.dir / "run.json")["used"]
+    assert used == {"tokens": ["data/tokens/a"], "training": ["data/trainings/b", "data/trainings/c"]}
 
 
 def test_a_notebook_whose_parameters_cell_did_not_run_is_told_so(here):
