@@ -1,4 +1,4 @@
-# make run | models | ablate | test | lab | setup | lock | clean; `make` alone says what each does. Variables are given on the command line
+# make run | models | ablate | test | lab | setup | lock | clean | clean-data; `make` alone says what each does. Variables are given on the command line
 # (make run LANGS=da); none is taken from the environment, and LANG and LANGUAGE stay what they are: the locale.
 LANGS    = no sv da
 PROFILE  = mini
@@ -11,6 +11,7 @@ SET      =
 FORCE    =
 EXTRAS   =
 LAB      =
+ALL      =
 PYTHON  ?= python3.11
 
 # An activated conda environment (not its base) is used as it is; otherwise .venv is made here.
@@ -34,6 +35,7 @@ TAKES_models := LANGS PROFILE STAGES
 TAKES_ablate := LANGS PROFILE CORPUS JOBS SEEDS SET
 TAKES_lab    := LAB
 TAKES_setup  := EXTRAS
+TAKES_clean-data := ALL
 ALWAYS       := PYTHON CONDA_DEFAULT_ENV CONDA_PREFIX SHELL MAKE MAKEFLAGS MFLAGS MAKEFILES
 GOALS   := $(or $(MAKECMDGOALS),help)
 TAKEN   := $(sort $(foreach goal,$(GOALS),$(TAKES_$(goal))))
@@ -52,7 +54,7 @@ each = $(foreach word,$(1),$(call quote,$(word)))
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
   [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
-.PHONY: help run models ablate test lab setup lock clean
+.PHONY: help run models ablate test lab setup lock clean clean-data
 help:
 	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...' FORCE=1"
 	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
@@ -62,6 +64,7 @@ help:
 	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
 	@echo "make lock    resolve pyproject.toml anew into requirements.lock"
 	@echo "make clean   remove caches; .venv and everything that runs made stay"
+	@echo "make clean-data  list tokens, trainings and speech that are kept below data/, and remove what no run uses, after a question; ALL=1: all"
 
 run: $(STAMP)
 	@$(PY) -m csm_nb.runs --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) \
@@ -78,6 +81,9 @@ ablate: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+clean-data: $(STAMP)
+	@$(PY) -m csm_nb.runs.kept --clean $(if $(filter-out 0 no false,$(ALL)),--all)
 
 lab: $(STAMP)
 	$(ENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)

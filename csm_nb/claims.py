@@ -33,8 +33,7 @@ def _find_marker(folder):
 
 
 def _is_zombie(owner):
-    """Whether a holder of this host has ended and waits for a parent that never asks, as in many containers; filelock takes
-    it for alive."""
+    """Tell whether a holder of this host has ended and waits for a parent that never asks; filelock takes it for alive."""
     try:
         return owner.hostname.partition("?")[0] == socket.gethostname() and (
             psutil.Process(owner.pid).status() == psutil.STATUS_ZOMBIE)

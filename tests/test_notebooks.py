@@ -17,7 +17,7 @@ from csm_nb.corpora.split import split_rows
 from csm_nb.csm import adapters
 from csm_nb.csm.load import load_base
 from csm_nb.manifest import read_manifest, write_manifest
-from csm_nb.paths import NOTEBOOKS, STAGES
+from csm_nb.paths import NOTEBOOKS, STAGES, resolve_path
 from csm_nb.provenance import read_json
 from csm_nb.recipe import read_recipe
 from csm_nb.runs import __main__
@@ -113,7 +113,7 @@ def test_figures_of_a_training_are_of_the_weights_that_it_saved(stage, places):
     (done,) = (ROOT / places["runs_dir"]).glob(f"da/{stage}/*/done.json")  # of the test above
     metrics, params = (read_json(done.with_name(f"{name}.json")) for name in ("metrics", "run"))
     model, processor = load_base("models/csm-mini", "cpu")
-    rows = tokens.read_tokens(done.with_name("tokens.parquet"), model.codec_model)
+    rows = tokens.read_tokens(resolve_path(params["used"]["tokens"][0]), model.codec_model)
     recipe = read_recipe(params["params"], steps=metrics["trained_steps"], lr=1.0)
     saved = adapters.load_adapter(model, done.parent / "adapter").eval()
     assert select.measure_clips(saved, processor, split_rows(rows)[1], recipe).mean() == pytest.approx(

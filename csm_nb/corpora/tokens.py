@@ -1,9 +1,9 @@
-"""Manifest rows to codec tokens: a Parquet file that training reads, made once, going on after a kill."""
+"""Manifest rows to codec tokens: a folder of Parquet shards that training reads, named by what it holds, made once."""
 
 import contextlib
-import hashlib
 import json
-import shutil
+import os
+import random
 from pathlib import Path
 
 import datasets
@@ -11,81 +11,107 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import Timeout
 
 from csm_nb.audio import AudioError, read_audio
+from csm_nb.claims import hold
 from csm_nb.codec.mimi import encode, frame_rate
-from csm_nb.provenance import replace_file
+from csm_nb.corpora.codes import ABOUT, find_codes, hash_audio, hash_codec, read_codes
+from csm_nb.provenance import hash_value, read_json, replace_file, write_json
 
-PART_CLIPS = 64
+SHARD_CLIPS = 64  # that a killed writer loses at most
+MOST_SHARDS = 1000  # a longer corpus has larger shards
 GROUP_CLIPS = 1024  # rows of a row group: 50 h in one group take 1.3 GB to map, in these .2 GB and a third of the time
 _SCHEMA = pa.schema([
     ("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("speaker_id", pa.string()),
     ("language", pa.string()), ("duration", pa.float64()),
 ])
+_AUDIO = pa.field("audio", pa.string())  # of a shard: the hash of the clip's bytes
 
 
 class TokensError(ValueError):
-    """A token file that is missing, broken or empty, or does not fit the codec; names the file and what to do."""
+    """Tokens that are missing, broken or none, or do not fit the codec; names the file and what to do."""
 
 
-def write_tokens(rows, codec, out_path) -> dict:
-    """Encode `rows` into a Parquet file and return {"path", "clips", "set_aside"}.
+def write_tokens(rows, codec, data) -> dict:
+    """Keep `rows` as codec tokens below `data` and return {"path", "clips", "set_aside", "encoded", "found"}.
 
-    Columns: text, codes (frames x codebooks, uint16), speaker_id, language, duration in seconds; frame rate, codebooks
-    and a fingerprint of codec and rows in the schema's metadata. Finished parts of 64 clips survive a kill and are not
-    encoded again; a file of the same codec and rows is left as it is. A clip that fails to read is set aside.
-    Raises TokensError, before anything is encoded, for a row that the file can not hold (a text that is none).
+    `path` is data/tokens/<fingerprint>, of the codec and, in order, each row's text, audio (its bytes), speaker and language:
+    the same corpus has the same folder. It holds shards, part-00000.parquet and so on, with the columns text, codes (frames x
+    codebooks, uint16), speaker_id, language, duration (s) and audio (a hash). Each is written whole or not at all; several
+    processes, also of several machines on one disk, write one corpus together. A clip whose audio this codec has encoded
+    before, for whichever corpus and text, is not encoded again: `encoded` and `found` say how many. A clip that does not read
+    is set aside with its reason. Raises TokensError, before anything is encoded, for a row that can not be kept (no text).
     """
-    out_path, rows = Path(out_path), list(rows)
+    rows, place = list(rows), Path(data) / "tokens"
     _check_rows(rows)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    mark = _fingerprint(rows, codec)
-    parts = out_path.with_name(f"{out_path.name}.{mark[:12]}.parts")
-    if _read_mark(out_path) != mark:
-        parts.mkdir(exist_ok=True)
-        for start in range(0, len(rows), PART_CLIPS):
-            part = parts / f"{start:08d}.parquet"
-            if not part.exists():
-                _write_part(rows[start : start + PART_CLIPS], codec, part)
-        tables = [pq.read_table(part) for part in sorted(parts.glob("*.parquet"))]
-        metadata = {"frame_rate": str(frame_rate(codec)), "num_codebooks": str(codec.config.num_quantizers),
-                    "codebook_size": str(codec.config.codebook_size), "fingerprint": mark}
-        set_aside = [row for table in tables for row in json.loads(table.schema.metadata[b"set_aside"])]
-        metadata["set_aside"] = json.dumps(set_aside, ensure_ascii=False)
-        whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).replace_schema_metadata(metadata)
-        _write_table(whole, out_path)
-        shutil.rmtree(_cache_folder(out_path), ignore_errors=True)  # of the file that was here before
-        shutil.rmtree(parts)
-    clips, set_aside = pq.read_metadata(out_path).num_rows, pq.read_schema(out_path).metadata[b"set_aside"]
-    return {"path": out_path, "clips": clips, "set_aside": json.loads(set_aside)}
+    hashes, mark = hash_audio([row["audio_path"] for row in rows], place), hash_codec(codec)
+    named = [[row["text"], audio, str(row["speaker_id"]), row["language"]] for row, audio in zip(rows, hashes, strict=True)]
+    folder = place / hash_value([mark, named])
+    folder.mkdir(parents=True, exist_ok=True)
+    size = max(SHARD_CLIPS, -(-len(rows) // MOST_SHARDS))
+    about = read_json(folder / ABOUT) or _describe(codec, mark, rows, size)
+    write_json(folder / ABOUT, about)
+    parts = {f"part-{number:05d}.parquet": slice(number * about["shard clips"], (number + 1) * about["shard clips"])
+             for number in range(about["shards"])}
+    counts = {"encoded": 0, "found": 0}
+    for wait in (False, True):  # first what nobody else is at work on, then what is left
+        missing = [name for name in parts if not _is_whole(folder / name)]
+        known = find_codes([audio for name in missing for audio in hashes[parts[name]]], mark, place) if missing else {}
+        random.Random(os.getpid()).shuffle(missing)  # each writer in an order of its own: a shard that is held costs a wait
+        for name in missing:
+            with contextlib.suppress(Timeout), hold(folder / name, wait):
+                if not _is_whole(folder / name):
+                    done = _write_shard(rows[parts[name]], hashes[parts[name]], known, codec, folder / name)
+                    counts = {key: counts[key] + done[key] for key in counts}
+    set_aside = [row for name in parts for row in json.loads(pq.read_schema(folder / name).metadata[b"set_aside"])]
+    return {"path": folder, "clips": len(rows) - len(set_aside), "set_aside": set_aside} | counts
 
 
-def _read_mark(path):
+def _describe(codec, mark, rows, size):
+    return {"codec": mark, "frame_rate": frame_rate(codec), "num_codebooks": codec.config.num_quantizers,
+            "codebook_size": codec.config.codebook_size, "rows": len(rows), "shard clips": size,
+            "shards": max(1, -(-len(rows) // size))}
+
+
+def _is_whole(path):
     try:
-        return (pq.read_schema(path).metadata or {}).get(b"fingerprint", b"").decode()
+        return b"set_aside" in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):  # not there, or broken: it is made again
-        return ""
+        return False
 
 
-def _write_part(rows, codec, path):
-    kept, wavs, set_aside = [], [], []
-    for row in rows:
+def _write_shard(rows, hashes, known, codec, path):
+    found = [audio for audio in dict.fromkeys(hashes) if audio in known]
+    clips = {audio: clip for audio, clip in zip(found, read_codes([known[audio] for audio in found]), strict=True) if clip}
+    before, wavs, reasons = len(clips), {}, {}
+    for row, audio in zip(rows, hashes, strict=True):
+        name = audio or row["audio_path"]
+        if name in clips or name in wavs or name in reasons:
+            continue
         try:
-            wavs.append(read_audio(row["audio_path"], codec.config.sampling_rate))
-            kept.append(row)
+            wavs[name] = read_audio(row["audio_path"], codec.config.sampling_rate)
         except AudioError as error:
-            set_aside.append(row | {"reason": str(error)})
-    codes = encode(codec, wavs)
-    columns = {name: [row[name] for row in kept] for name in ("text", "language")}
-    columns["speaker_id"] = [str(row["speaker_id"]) for row in kept]
-    columns["codes"] = [code.tolist() for code in codes]
-    columns["duration"] = [len(wav) / codec.config.sampling_rate for wav in wavs]
-    table = pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA)
-    _write_table(table.replace_schema_metadata({"set_aside": json.dumps(set_aside, ensure_ascii=False)}), path)
+            reasons[name] = str(error)
+    if wavs:
+        seconds = [len(wav) / codec.config.sampling_rate for wav in wavs.values()]
+        clips |= zip(wavs, zip(encode(codec, list(wavs.values())), seconds, strict=True), strict=True)
+    pairs = [(row, audio) for row, audio in zip(rows, hashes, strict=True) if (audio or row["audio_path"]) in clips]
+    columns = {name: [row[name] for row, _ in pairs] for name in ("text", "language")}
+    columns["speaker_id"] = [str(row["speaker_id"]) for row, _ in pairs]
+    columns["codes"] = [clips[audio][0].tolist() for _, audio in pairs]
+    columns["duration"] = [clips[audio][1] for _, audio in pairs]
+    columns["audio"] = [audio for _, audio in pairs]
+    schema = _SCHEMA.append(_AUDIO)
+    set_aside = [row | {"reason": reasons[audio or row["audio_path"]]} for row, audio in zip(rows, hashes, strict=True)
+                 if (audio or row["audio_path"]) in reasons]
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    _write_table(table.replace_schema_metadata({"set_aside": json.dumps(set_aside, ensure_ascii=False, default=str)}), path)
+    return {"encoded": len(wavs), "found": before}
 
 
 def _check_rows(rows):
-    """What Parquet will not take is known before an hour of encoding, not after it."""
+    """Refuse what Parquet will not take before an hour of encoding, not after it."""
     for row in rows:
         for name in ("text", "language"):
             if not isinstance(row[name], str) or any("\ud800" <= character <= "\udfff" for character in row[name]):
@@ -98,70 +124,93 @@ def _write_table(table, path):
         pq.write_table(table, part, row_group_size=GROUP_CLIPS)
 
 
-def _fingerprint(rows, codec):
-    digest = hashlib.sha256()
-    for name, value in codec.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    for row in rows:
-        digest.update(json.dumps([row["text"], str(row["audio_path"]), str(row["speaker_id"])]).encode())
-    return digest.hexdigest()
-
-
 def read_tokens(path, codec=None) -> datasets.Dataset:
-    """Return the rows of a token file, read from disk as they are asked for: 50 h of speech take no memory.
+    """Return the rows of a folder of tokens (write_tokens), or of one Parquet file, read from disk as they are asked for.
 
-    rows[0] is a dict of text, codes (frames x codebooks, uint16), speaker_id, language, duration. The first call writes an
-    Arrow copy to a hidden folder beside the file (.5 s for 50 h), later ones map it; a file that changed is copied anew.
-    With `codec`, the file must be of as many codebooks of that size at that frame rate. Raises TokensError.
+    rows[0] is a dict of text, codes (frames x codebooks, uint16), speaker_id, language, duration; 50 h of speech take no
+    memory. The first call writes an Arrow copy to a hidden folder inside or beside it (.5 s for 50 h), later ones map it; what
+    changed is copied anew. With `codec`, the codes must be of as many codebooks of that size at that frame rate. Raises
+    TokensError.
     """
     path = Path(path)
-    if not path.is_file():
-        raise TokensError(f"{path}: no such token file; write_tokens makes it")
+    files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+    if not path.exists():
+        raise TokensError(f"{path}: no such tokens; write_tokens makes them")
+    about = read_json(path / ABOUT) if path.is_dir() else {}
+    if path.is_dir() and len(files) != about.get("shards"):
+        raise TokensError(f"{path} has {len(files)} of {about.get('shards', 'an unknown number of')} shards; run again: "
+                          "write_tokens makes those that are missing")
+    for file in files:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            raise _say_broken(file, error) from error
+        _check_columns(file, metadata)
+        about = about or {key.decode(errors="replace"): value.decode(errors="replace")
+                          for key, value in (metadata.metadata or {}).items()}
+    _check_codec(path, about, codec)
+    _check_any(path, files)
+    cache = path / ".cache" if path.is_dir() else path.with_name(f".{path.name}.cache")
     try:
-        _check_file(path, pq.read_metadata(path), codec)
         with _quiet_datasets():
-            rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache_folder(path)))
+            rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache), columns=_SCHEMA.names)
     except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise TokensError(f"{path} can not be read ({reason}); if it is broken, delete it and run again: "
-                          "write_tokens encodes the clips anew") from error
+        raise _say_broken(_find_broken(files) or path, error) from error
     return rows.with_transform(_as_arrays)
 
 
+def _say_broken(file, error):
+    reason = " ".join(str(error.__cause__ or error).split())
+    return TokensError(f"{file} can not be read ({reason}); if it is broken, delete it and run again: write_tokens makes the "
+                       "clips in it anew")
+
+
+def _find_broken(files):
+    for file in files:
+        try:
+            pq.read_table(file)
+        except (pa.ArrowException, OSError):
+            return file
+    return None
+
+
+def _check_columns(file, metadata):
+    columns = metadata.schema.to_arrow_schema().names
+    missing = [name for name in _SCHEMA.names if name not in columns]
+    if missing:
+        raise TokensError(f"{file} lacks the columns {', '.join(missing)}; found are {', '.join(columns)}. Give tokens that "
+                          "write_tokens made, or delete these to make them again")
+
+
+def _check_codec(path, about, codec):
+    if codec is None:
+        return
+    wanted = {"frame_rate": frame_rate(codec), "num_codebooks": codec.config.num_quantizers,
+              "codebook_size": codec.config.codebook_size}
+    wrong = {key: (about.get(key), value) for key, value in wanted.items() if str(about.get(key)) != str(value)}
+    if wrong:
+        raise TokensError(f"{path} was made by another codec (found, wanted): {wrong}; delete it to encode again")
+
+
+def _check_any(path, files):
+    if any(pq.read_metadata(file).num_rows for file in files):
+        return
+    set_aside = [row for file in files for row in json.loads((pq.read_schema(file).metadata or {}).get(b"set_aside", b"[]"))]
+    reason = f", the first for this: {set_aside[0]['reason']}" if set_aside else ""
+    raise TokensError(f"{path} holds no clip; {len(set_aside)} were set aside{reason}. Give a corpus with clips that read")
+
+
 def read_column(rows, name: str) -> list[str]:
-    """One column of token rows, a list of dicts or a Dataset, as a list of strings."""
+    """Return one column of token rows, a list of dicts or a Dataset, as a list of strings."""
     column = [row[name] for row in rows] if isinstance(rows, list) else rows.with_format("arrow")[name][:].to_pylist()
     return [str(value) for value in column]
 
 
 def count_frames(rows) -> list[int]:
-    """The frames of each token row, without reading a code."""
+    """Return the number of frames of each token row, without reading a code."""
     if isinstance(rows, list):
         return [len(row["codes"]) for row in rows]
     return pc.list_value_length(rows.with_format("arrow")["codes"][:]).to_pylist()  # from offsets: no code is read
-
-
-def _check_file(path, metadata, codec):
-    columns = metadata.schema.to_arrow_schema().names
-    missing = [name for name in _SCHEMA.names if name not in columns]
-    if missing:
-        raise TokensError(f"{path} lacks the columns {', '.join(missing)}; found are {', '.join(columns)}. Give a file that "
-                          "write_tokens made, or delete this one to encode again")
-    found = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (metadata.metadata or {}).items()}
-    if codec is not None:
-        wanted = {"frame_rate": str(frame_rate(codec)), "num_codebooks": str(codec.config.num_quantizers),
-                  "codebook_size": str(codec.config.codebook_size)}
-        wrong = {key: (found.get(key), value) for key, value in wanted.items() if found.get(key) != value}
-        if wrong:
-            raise TokensError(f"{path} was made by another codec (found, wanted): {wrong}; delete it to encode again")
-    if metadata.num_rows == 0:
-        set_aside = json.loads(found.get("set_aside", "[]"))
-        reason = f", the first for this: {set_aside[0]['reason']}" if set_aside else ""
-        raise TokensError(f"{path} holds no clip; {len(set_aside)} were set aside{reason}. Give a corpus with clips that read")
-
-
-def _cache_folder(path):
-    return path.with_name(f".{path.name}.cache")
 
 
 def _as_arrays(batch):  # datasets' own numpy format makes int64 of codes and takes four times as long

@@ -207,8 +207,8 @@ def test_what_passed_the_door_is_marked_encoded_and_read_back(tmp_path):
     found, _ = find_windows([row | {"windows": [[0.1, 0.4, row["stod"]]]} for row in good])
     assert found[0]["windows"] == [[0.1, 0.4, False]]
     codec = load_codec("models/csm-mini")
-    write_tokens(good, codec, tmp_path / "tokens.parquet")
-    assert read_tokens(tmp_path / "tokens.parquet", codec)[0]["text"] == "1905"
+    made = write_tokens(good, codec, tmp_path)
+    assert read_tokens(made["path"], codec)[0]["text"] == "1905"
 
 
 def test_a_row_that_parquet_will_not_take_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_row_that_parquet_will_not_take_is_refused_before_anything_is_encoded(
     rows = [make_row(write_audio(tmp_path / "a.wav", TONE))]
     for text in (None, 1905, float("nan"), "x\ud800"):
         with pytest.raises(TokensError, match="a.wav has .* as text"):
-            write_tokens([*rows, rows[0] | {"text": text}], load_codec("models/csm-mini"), tmp_path / "tokens.parquet")
+            write_tokens([*rows, rows[0] | {"text": text}], load_codec("models/csm-mini"), tmp_path)
 
 
 def test_a_transcript_in_another_encoding_sets_its_clip_aside_and_no_other(tmp_path):

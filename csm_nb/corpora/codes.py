@@ -1,0 +1,89 @@
+"""Codes that were made before: found again by the codec and by the bytes of the audio, whatever text or name a clip has now."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from csm_nb.provenance import read_json, write_json
+
+ABOUT = "tokens.json"  # in a folder of tokens: its codec, rows and shards
+AUDIO = "audio.json"  # beside the folders: the hash of each file of audio, with the size and time that it had
+
+
+def hash_audio(paths, place: Path) -> list[str]:
+    """Return a hash of the bytes of each file of audio, "" for one that can not be read.
+
+    A file of unchanged size and time (of change and of inode, in ns) is not read again; `place` remembers them.
+    """
+    try:
+        known = read_json(place / AUDIO)
+    except ValueError:  # half a file: it is only a memory
+        known = {}
+    hashes, changed = [], False
+    for path in map(str, paths):
+        try:
+            status = os.stat(path)
+            seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            if known.get(path, {}).get("seen") != seen:
+                with open(path, "rb") as file:
+                    known[path] = {"seen": seen, "hash": hashlib.file_digest(file, "sha256").hexdigest()[:24]}
+                changed = True
+            hashes.append(known[path]["hash"])
+        except OSError:
+            hashes.append("")
+    if changed:
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / AUDIO, known)
+    return hashes
+
+
+def hash_codec(codec) -> str:
+    """Return a hash of all of a codec's weights: what the codes of a clip depend on beside its audio."""
+    digest = hashlib.sha256()
+    for name, value in codec.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def find_codes(hashes, codec: str, place: Path) -> dict[str, tuple[Path, int]]:
+    """Return {hash of audio: (shard, row)} of the clips among `hashes` that any folder of tokens in `place` has codes of.
+
+    Only folders of the codec with the hash `codec` count; a shard that can not be read has none.
+    """
+    wanted, found = set(filter(None, hashes)), {}
+    for about in sorted(place.glob(f"*/{ABOUT}")):
+        try:
+            same = json.loads(about.read_text(encoding="utf-8")).get("codec") == codec
+        except ValueError:
+            continue
+        for shard in sorted(about.parent.glob("part-*.parquet")) if same else []:
+            if not wanted:
+                return found
+            try:
+                column = pq.read_table(shard, columns=["audio"])["audio"].to_pylist()
+            except (pa.ArrowException, OSError):
+                continue
+            for row, name in enumerate(column):
+                if name in wanted:
+                    wanted.discard(name)
+                    found[name] = (shard, row)
+    return found
+
+
+def read_codes(places: list[tuple[Path, int]]) -> list[tuple[np.ndarray, float] | None]:
+    """Return (codes as uint16 frames x codebooks, seconds) of rows of shards, None for one that can not be read any more."""
+    tables, clips = {}, []
+    for shard, row in places:
+        if shard not in tables:
+            try:
+                tables[shard] = pq.read_table(shard, columns=["codes", "duration"])
+            except (pa.ArrowException, OSError):
+                tables[shard] = None
+        clip = tables[shard] and tables[shard].slice(row, 1).to_pylist()[0]
+        clips.append(clip and (np.array(clip["codes"], np.uint16), clip["duration"]))
+    return clips

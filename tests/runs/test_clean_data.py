@@ -1,0 +1,48 @@
+"""What is kept is listed with its size and users, and only what nobody needs goes, after a question."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from csm_nb.claims import hold
+from csm_nb.provenance import write_json
+from csm_nb.runs.kept import clean, list_kept
+
+
+def make_kept(tmp_path):
+    """Runs and data of three folders: one that a run uses, one of no run, and one of no run with a longer name."""
+    places = [tmp_path / "data" / name for name in ("tokens/used", "tokens/left", "trainings/old")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "a").write_bytes(bytes(2_000_000))
+    (tmp_path / "runs" / "da" / "01" / "abc").mkdir(parents=True)
+    write_json(tmp_path / "runs" / "da" / "01" / "abc" / "run.json", {"used": {"tokens": [str(places[0])]}})
+    return tmp_path / "runs", places
+
+
+def test_what_is_kept_is_listed_with_its_size_and_the_runs_that_use_it(tmp_path):
+    runs, places = make_kept(tmp_path)
+    kept = list_kept(runs).set_index("place")
+    assert list(kept["used by"]) == ["no run", "da/01/abc", "no run"] and list(kept.MB) == [2.0] * 3
+    assert list(kept.kind) == ["tokens", "tokens", "trainings"] and not kept.held.any()
+    assert list_kept(tmp_path / "none" / "runs").empty
+
+
+def test_only_what_no_run_uses_and_nobody_works_in_goes(tmp_path):
+    runs, (used, left, old) = make_kept(tmp_path)
+    with hold(old):
+        assert list_kept(runs).set_index("place").held[str(old)]
+        assert clean(list_kept(runs), everything=False) == [left]
+    assert used.is_dir() and old.is_dir() and not left.exists()
+    assert set(clean(list_kept(runs), everything=True)) == {used, old}
+
+
+def test_without_a_terminal_it_says_what_would_go_and_removes_nothing(tmp_path):
+    runs, places = make_kept(tmp_path)
+    command = [sys.executable, "-m", "csm_nb.runs.kept", "--runs", str(runs), "--clean"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "4 MB in 2 folders would go; nothing was removed" in done.stdout
+    assert all(place.is_dir() for place in places)
