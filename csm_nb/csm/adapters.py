@@ -86,7 +86,8 @@ def load_adapter(model, folder, trainable: bool = False, name: str = "default") 
 def remove_adapters(model: PeftModel):
     """Take all adapters off and return the base as it was before them, to the last bit and key.
 
-    PEFT's own unload() leaves the text table of the active adapter in the base.
+    PEFT's own unload() leaves the text table of the active adapter in the base, and where putting one on broke off halfway
+    there is no PeftModel to ask.
     """
     base = model.get_base_model()
     _put_back(base)

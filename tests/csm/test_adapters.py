@@ -138,6 +138,8 @@ def change_json(name, **changes):
     "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "can not be read"),
     "another rank": (change_json("adapter_config.json", r=3), "can not be put on this base.*size mismatch"),
     "layers that are not there": (change_json("adapter_config.json", target_modules=["nothing"]), "can not be put on this base"),
+    "a layer that breaks halfway": (change_json("adapter_config.json", rank_pattern={"depth_decoder.*": -1}),
+                                    "can not be put on this base"),
     "another kind": (change_json("adapter_config.json", peft_type="IA3"), "type IA3; allowed is LORA"),
     "another shape": (change_json("base.json", hidden_size=2048), "trained on another base, models/csm-mini.*2048"),
     "other weights": (change_json("base.json", weights="0" * 16), "a base of the same shape with other weights"),
