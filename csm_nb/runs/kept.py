@@ -57,7 +57,7 @@ def main() -> int:
     print(kept.round(1).to_string(index=False) if len(kept) else f"nothing is kept beside {options.runs}")
     free = kept[~kept.held & (options.all | (kept["used by"] == "no run"))]
     if not options.clean or free.empty:
-        print(f"{kept.MB.sum():.0f} MB, of which {free.MB.sum():.0f} MB would go (make clean-data; with ALL=1 also what runs use)")
+        print(f"{kept.MB.sum():.0f} MB, of which {free.MB.sum():.0f} MB would go (make clean-data; ALL=1: also what runs use)")
         return 0
     if not sys.stdin.isatty():
         print(f"{free.MB.sum():.0f} MB in {len(free)} folders would go; nothing was removed: there is no terminal to ask at")
