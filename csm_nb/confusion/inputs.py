@@ -41,4 +41,7 @@ def compare_inputs(rows: pd.DataFrame, spelled: list[dict], phonemic: list[dict]
     verdict = "phonemes" if low > 0 else "spelling" if high < 0 else f"no difference shown (n = {len(by_text)})"
     if len(by_text) < FEWEST:
         verdict = f"unclear: {len(by_text)} of {FEWEST} sentences"
+    metrics["because"] = (
+        f"CER {100 * metrics['cer_spelling']:.0f} % by spelling, {100 * metrics['cer_phonemes']:.0f} % by phonemes, a "
+        f"difference of {100 * metrics['cer_difference']:.1f} points ({100 * low:.1f} to {100 * high:.1f})")
     return verdict, metrics

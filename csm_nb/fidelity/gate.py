@@ -13,8 +13,8 @@ def check_verdict(run, ignore_verdict: bool) -> str:
 
     Complete runs under `runs_dir` count whose codec has the weights of the one in `base_model` (fingerprint_codec, so that
     kyutai/mimi stands for the one inside sesame/csm-1b) and with all its codebooks: the newest on recordings, else the
-    newest on synthetic speech. Raises ParameterError on "stop", unless `ignore_verdict` is set: what the codec loses, no
-    training brings back.
+    newest on synthetic speech, which is said and forbids nothing: synthetic speech has no stød of a person's. Raises
+    ParameterError on "stop" on recordings, unless `ignore_verdict` is set: what the codec loses, no training brings back.
     """
     base = run.params["base_model"]
     codec = load_codec(base)
@@ -32,6 +32,8 @@ def check_verdict(run, ignore_verdict: bool) -> str:
     said = f"{STAGES[0]} says {verdict} of the codec {params.get('codec_model')}, on {heard} ({show_path(folder)})"
     if verdict != "stop":
         return said
+    if not params.get("audio"):
+        return f"{said}; the training goes on, since recordings may fare otherwise: run {STAGES[0]} on some (AUDIO=...)"
     if not ignore_verdict:
         raise ParameterError(f"{said}: what the codec loses, no training brings back. Look at its report; to train all the "
                              "same, set ignore_verdict=true (make run SET='ignore_verdict=true')")

@@ -180,15 +180,21 @@ def judge_codec(evidence, codebooks: int, min_clips: int = MIN_CLIPS):
 def describe_verdict(table, verdict: str, language: str, codebooks: int, source: str) -> str:
     """Return the verdict in words: for which language, codec setting and clips, what decided it, and what did not count."""
     aside = table.verdict.str.startswith("not counted")
-    decisive = table[~aside] if verdict == "go" else table[table.verdict.str.startswith(verdict)]
-    why = "; ".join(
+    left = [f"{row.trait} ({row.on}): {row.verdict.split(': ', 1)[1]}" for row in table[aside].itertuples()]
+    left = f" Not counted: {'; '.join(dict.fromkeys(left))}." if left else ""
+    why = describe_reason(table, verdict)
+    return f"{get_language(language).name} through {name_condition(codebooks)}: {verdict}. {why}.{left} On {source}."
+
+
+def describe_reason(table, verdict: str) -> str:
+    """Return the criteria that decided a verdict, each with its figure and what was wanted."""
+    counted = table[~table.verdict.str.startswith("not counted")]
+    decisive = counted if verdict == "go" else counted[counted.verdict.str.startswith(verdict)]
+    return "; ".join(
         f"{row.trait} ({row.on}): {row.measure} {format_figure(row.figure, row.low, row.high)}, wanted {row.criterion}"
         + (f" ({row.verdict.split(': ', 1)[1]})" if ": " in row.verdict else "")
         for row in decisive.itertuples()
     )
-    left = [f"{row.trait} ({row.on}): {row.verdict.split(': ', 1)[1]}" for row in table[aside].itertuples()]
-    left = f" Not counted: {'; '.join(dict.fromkeys(left))}." if left else ""
-    return f"{get_language(language).name} through {name_condition(codebooks)}: {verdict}. {why}.{left} On {source}."
 
 
 def list_metrics(table, measures, controls, set_aside, codebooks: int) -> dict:

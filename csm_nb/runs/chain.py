@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from csm_nb.processes import count_cores, end_processes, identify_process, is_ru
 from csm_nb.provenance import hash_folder, read_json, write_json
 from csm_nb.recipe import ParameterError
 from csm_nb.runs import folders
+from csm_nb.runs.advice import say_next
 from csm_nb.runs.pages import export_html
 from csm_nb.runs.params import FILES, RECORDINGS, check_inputs, check_params, find_params, load_params, read_cell
 
@@ -262,7 +264,10 @@ def _end_task(task):
     if task.process.returncode == 0 and marker.is_file():
         task.state = "done"
         task.verdict, task.seconds = _read_result(task.folder)
-        print(f"{_clock()}  {task} {task.verdict}, {task.seconds:.0f} s", flush=True)
+        why = read_json(task.folder / "metrics.json").get("because", "")
+        advice = say_next(task.stage, task.verdict, task.params)
+        said = "; ".join(filter(None, [textwrap.shorten(str(why), 160, placeholder=" ..."), advice and f"next: {advice}"]))
+        print(f"{_clock()}  {task} {task.verdict}, {task.seconds:.0f} s", *filter(None, [said]), sep="\n    ", flush=True)
     else:
         marker.unlink(missing_ok=True)  # a kernel that died after its last cell: not to be trusted
         reason, lines = _find_error(task)

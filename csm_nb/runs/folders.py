@@ -61,6 +61,11 @@ class Run:
     inputs: dict
 
     @property
+    def place(self) -> str:
+        """The run's folder as a page shows it: below the project's root relative to it."""
+        return show_path(self.dir)
+
+    @property
     def data(self) -> Path:
         """Where tokens, trainings and speech are kept, for all runs of one runs_dir: data/ beside it."""
         return resolve_path(self.params["runs_dir"]).parent / "data"

@@ -48,17 +48,19 @@ def complete(tmp_path):
     return leave
 
 
-@pytest.mark.parametrize(("said", "ignored", "trains"), [("go", False, True), ("unclear", False, True), ("stop", False, False),
-                                                         ("stop", True, True), (None, False, True)])  # fmt: skip
-def test_training_is_refused_on_stop_and_on_nothing_else(check, complete, used, said, ignored, trains):
+@pytest.mark.parametrize("audio", ["", "my/manifest.jsonl"], ids=["synthetic", "recordings"])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("said", ["go", "unclear", "stop", None])
+def test_training_is_refused_on_the_stop_of_recordings_and_on_nothing_else(check, complete, used, said, ignored, audio):
     if said:
-        complete(said, used)
-    if trains:
-        assert (said or "not run") in check(ignored)
-        assert ("ignore_verdict is set" in check(ignored)) == ignored
-    else:
-        with pytest.raises(ParameterError, match="says stop of the codec some/mimi, on synthetic .*set ignore_verdict=true"):
+        complete(said, used, audio=audio)
+    if said == "stop" and audio and not ignored:
+        with pytest.raises(ParameterError, match="says stop of the codec some/mimi, on recordings .*set ignore_verdict=true"):
             check()
+    else:
+        told = check(ignored)
+        assert (said or "not run") in told and ("ignore_verdict is set" in told) == bool(said == "stop" and audio)
+        assert ("the training goes on, since recordings" in told) == (said == "stop" and not audio)
 
 
 def test_the_stop_of_another_codec_of_fewer_codebooks_or_of_another_language_forbids_nothing(check, complete, used):

@@ -4,10 +4,14 @@ import re
 from html import unescape
 
 import nbformat
+import pandas as pd
 import pytest
+from conftest import ROOT
 
 from csm_nb.hub import describe_model
+from csm_nb.paths import STAGES
 from csm_nb.provenance import write_json
+from csm_nb.runs.advice import NEXT, say_next
 from csm_nb.runs.pages import build_index, export_html
 
 # attributes, styles and module imports that would reach for a network
@@ -56,6 +60,45 @@ def test_a_run_s_page_holds_title_text_figure_and_sound(page):
     text = page.read_text()
     assert "<title>00_mimi_sanity · da</title>" in text
     assert all(part in text for part in ("Does it carry", "a line", "data:image/png;base64,", "data:audio/mp3"))
+
+
+def test_the_verdict_its_reason_and_what_to_do_next_stand_first_with_the_way_back(tmp_path):
+    folder = tmp_path / "da" / "00_mimi_sanity" / "abc"
+    folder.mkdir(parents=True)
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("x = 1")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebook.ipynb")
+    record = {"stage": "00_mimi_sanity", "language": "da", "params": {"language": "da", "audio": "a.jsonl"}}
+    write_json(folder / "run.json", record)
+    write_json(folder / "metrics.json", {"verdict": "stop", "because": "retention .55, <wanted> .7"})
+    write_json(folder / "done.json", {})
+    text = export_html(folder / "notebook.ipynb").read_text()
+    order = [text.rindex(part) for part in ("Title", 'class="verdict-box mixed"', "&lt;wanted&gt; .7", "Next:", "x")]
+    assert order == sorted(order) and 'href="../../../index.html"' in text and "listen to what is lost" in text
+    (folder / "done.json").unlink()
+    write_json(folder / "run.json", record | {"status": "failed", "error": "ValueError: no clip"})
+    text = export_html(folder / "notebook.ipynb").read_text()
+    assert 'class="verdict-box bad"' in text and "ValueError: no clip" in text and "Next:" not in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_verdict_that_a_stage_can_have_says_what_to_do_next(stage):
+    for verdict in NEXT[stage]:
+        for audio in ("", "my/manifest.jsonl"):
+            said = say_next(stage, f"{verdict}: why", {"language": "pl", "audio": audio})
+            assert said and "{" not in said
+    assert say_next(stage, "none of these", {"audio": "my/manifest.jsonl"}) == ""
+
+
+def test_a_page_holds_no_path_of_the_machine_no_empty_widget_and_words_at_the_left(tmp_path):
+    output = nbformat.v4.new_output
+    frame = pd.DataFrame({"reason": ["too short"], "seconds": [0.25]})._repr_html_()
+    outputs = [output("stream", text=f"in {ROOT}/runs/da\n"), output("display_data", {"text/html": frame}),
+               output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Box()"})]
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("show()", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebook.ipynb")
+    text = export_html(tmp_path / "notebook.ipynb").read_text()
+    assert str(ROOT) not in text and "in runs/da" in text and "Box()" not in text
+    assert '<td class="words">too short</td>' in text and "<td>0.25</td>" in text
 
 
 def test_index_shows_verdict_seconds_metrics_and_the_page_of_each_run(tmp_path):
