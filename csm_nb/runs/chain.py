@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from filelock import SoftFileLease
 
 from csm_nb import hub, paths
 from csm_nb.paths import STAGES, resolve_path, show_path
@@ -51,7 +52,7 @@ class Task:
     note: str = ""
     folder: Path | None = None
     process: subprocess.Popen | None = None
-    claim: object = None
+    claim: SoftFileLease | None = None
     started: float = 0.0
     seconds: float = 0.0
 
@@ -171,7 +172,8 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
                     _stop_process(task.process)
                     _end_kernel(task.folder)
                     _record_failure(task, "interrupted", "Ctrl-C")
-                    task.claim.release()
+                    if task.claim:
+                        task.claim.release()
                     task.state, task.note = "not run", f"interrupted; {show_path(task.folder)}"
                 elif task.state == "waiting":
                     task.state = "not run"

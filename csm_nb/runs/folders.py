@@ -45,7 +45,8 @@ from csm_nb.runs.params import (
 
 HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner tells a notebook its folder
 RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.runs and papermill are at work on it, on their host
-NOTEBOOK = "notebook.ipynb"  # in a run's folder: claimed by who runs it through papermill, as the folder is by its kernel
+# In a run's folder: what its kernel claims, and what is claimed by who runs it through papermill.
+RECORD, NOTEBOOK = "run.json", "notebook.ipynb"
 QUIET = {*PLACES, "log_every", "save_every", "keep_checkpoints"}  # parameters that change no number and nothing that is shown
 _HELD = {}  # the claim on the folder that this process's notebook writes to
 
@@ -179,8 +180,14 @@ def choose_folder(base: Path) -> Path:
 
 
 def is_alive(folder: Path) -> bool:
-    """Return whether other living processes, of any host, are at work on a run's folder: its kernel, or who runs papermill."""
-    return folder not in _HELD and (is_held(folder) or is_held(folder / NOTEBOOK))
+    """Return whether other living processes, of any host, are at work on a run's folder (name_worker)."""
+    return bool(name_worker(folder))
+
+
+def name_worker(folder: Path) -> str:
+    """Return who else is at work on a run's folder, its kernel or who runs papermill: "process 4711 on gpu-3", or ""."""
+    places = () if folder in _HELD else (folder / RECORD, folder / NOTEBOOK)
+    return next((name_holder(place) for place in places if is_held(place)), "")
 
 
 def claim_notebook(base: Path):
@@ -218,14 +225,14 @@ def _claim_folder(base):
     folder = handed or choose_folder(base)
     if folder not in _HELD:
         _release_claims()  # of a run that was left unfinished in this process
-        lease = claim(folder, MOMENT)
+        lease = claim(folder / RECORD, MOMENT)
         try:
             lease.acquire()
         except Timeout:
             if handed is None:
                 return _claim_folder(base)  # another was faster; the next free one
-            raise ParameterError(f"{name_holder(folder)} is at work in {show_path(folder)}; stop it, or wait for its end, and "
-                                 "run this again") from None
+            raise ParameterError(f"{name_holder(folder / RECORD)} is at work in {show_path(folder)}; stop it, or wait for its "
+                                 "end, and run this again") from None
         _HELD[folder] = lease
     return folder
 

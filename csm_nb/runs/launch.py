@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from csm_nb.claims import is_held, name_holder
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import split, tokens
 from csm_nb.csm import adapters, load
@@ -15,6 +14,7 @@ from csm_nb.device import pick_device
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import read_json
 from csm_nb.recipe import TrainingError, read_recipe
+from csm_nb.runs.folders import name_worker
 from csm_nb.train import callbacks, trainer
 from csm_nb.train.place import place_training
 
@@ -48,8 +48,8 @@ def train_run(folder) -> list[dict]:
     if (folder / "done.json").is_file() or not kept:
         found = "is done" if (folder / "done.json").is_file() else "names no tokens yet"
         raise TrainingError(f"{show_path(folder)} {found}; start its notebook, and stop it at the training's first line")
-    if rank == 0 and is_held(folder):
-        raise TrainingError(f"{name_holder(folder)} still works in {show_path(folder)}; stop it first")
+    if rank == 0 and (worker := name_worker(folder)):
+        raise TrainingError(f"{worker} still works in {show_path(folder)}; stop it first")
     device = pick_device(params["device"])
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     torch.manual_seed(params["seed"])

@@ -59,7 +59,8 @@ def test_a_run_that_can_not_be_trained_is_refused_with_what_to_do(tmp_path):
     record = json.loads((folder / "run.json").read_text())
     with pytest.raises(TrainingError, match=r"no run of 01_anchor, 02.* \(found: no run.json\); name a run's folder"):
         launch.train_run(tmp_path)
-    with claim(folder), pytest.raises(TrainingError, match=f"process {os.getpid()} on .* still works in .*stop it first"):
+    worker = f"process {os.getpid()} on .* still works in .*stop it first"
+    with claim(folder / "run.json"), pytest.raises(TrainingError, match=worker):
         launch.train_run(folder)
     (folder / "done.json").write_text("{}")
     with pytest.raises(TrainingError, match="is done; start its notebook"):

@@ -455,7 +455,8 @@ def test_a_run_that_the_runner_handed_down_is_refused_where_another_process_has_
     values = {name: p.default for name, p in params.read_cell("00_mimi_sanity").items()}
     monkeypatch.setenv(folders.HANDED_DOWN, str(place()))
     monkeypatch.setattr(folders, "MOMENT", 0.1)
-    with claim(place()), pytest.raises(recipe.ParameterError, match=r"process \d+ on .* is at work in runs/da.*wait for its end"):
+    at_work = r"process \d+ on .* is at work in runs/da.*wait for its end"
+    with claim(place() / "run.json"), pytest.raises(recipe.ParameterError, match=at_work):
         folders.open_run("00_mimi_sanity", values)
 
 
@@ -470,12 +471,12 @@ def test_two_calls_that_begin_at_once_run_in_folders_of_their_own(here):
 def test_a_run_of_another_host_that_lost_its_power_is_taken_over_when_its_lease_is_over(here, monkeypatch):
     monkeypatch.setattr(claims, "LEASE", 0.5)
     base = place()
-    with claim(base) as lease:
-        marker = base.with_name(f".{base.name}.lease")
+    with claim(base / "run.json") as lease:
+        marker = base / ".run.json.lease"
         text = marker.read_text().replace(f"host={lease.owner.hostname}", "host=another-host")
     marker.write_text(text)
     assert folders.choose_folder(base).name == f"{base.name}.2"
-    with claims.hold(base):
+    with claims.hold(base / "run.json"):
         pass
     assert folders.choose_folder(base) == base
 

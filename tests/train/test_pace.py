@@ -37,7 +37,7 @@ def train(folder, recipe, **changes):
     model, processor = load_base("models/csm-mini", "cpu")
     torch.manual_seed(0)
     model = add_adapter(model, 4, 8, 0.1)
-    history = train_model(model, processor, make_rows(), make_rows()[:1], folder, recipe)
+    history = train_model(model, processor, make_rows(), make_rows()[:1], folder, recipe, callbacks.show_progress(recipe))
     return history, {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
 
 
