@@ -278,7 +278,8 @@ def _end_task(task):
         task.state, task.note = "failed", show_path(notebook if notebook.is_file() else task.folder / "log.txt")
         print(f"{_clock()}  {task} failed after {task.seconds:.0f} s: {task.note}", *lines, sep="\n    ", flush=True)
     _export_page(task)
-    task.claim.release()
+    if task.claim:
+        task.claim.release()
 
 
 def _export_page(task):

@@ -156,7 +156,7 @@ def hash_run(stage: str, params: dict, inputs: dict) -> str:
     cells = [cell for cell in _code_cells(_notebook_path(stage)) if not _is_parameters(cell)]
     asked = {"en", params["language"], *params.get("compare", [])}
     code = hash_code("\n".join("".join(cell["source"]) for cell in cells), paths.PACKAGE, ("runs.templates",),
-                     LANGUAGES.keys() - asked)
+                     tuple(sorted(LANGUAGES.keys() - asked)))
     return hash_value([named, {key: value["hash"] for key, value in inputs.items()}, code, *_list_optional(stage, params)])
 
 
