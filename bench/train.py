@@ -41,8 +41,8 @@ from csm_nb.device import has_fast_bfloat16
 from csm_nb.paths import ROOT
 from csm_nb.recipe import Recipe
 from csm_nb.text.sentences import make_sentences
-from csm_nb.train.batches import plan_rows, read_clips
 from csm_nb.train.loss import inner_model
+from csm_nb.train.packing import plan_rows, read_clips
 from csm_nb.train.trainer import train_model
 
 VARIANTS = ("ours", "stock", "stock_ratio", "stock_longest", "ours_all")
@@ -125,7 +125,7 @@ def train_ours(model, processor, clips, recipe: Recipe, folder, clock) -> dict:
     """Trains from stored codes and returns the work of the timed steps."""
     train_model(model, processor, clips, clips[:1], folder, recipe, [clock])
     read = read_clips(clips, processor, recipe.max_tokens, RATE / FRAME)
-    rows = recipe.batch_size * recipe.accumulate
+    rows = recipe.batch_size * recipe.gradient_accumulation
     plan = plan_rows(read, recipe.max_tokens, rows * recipe.steps, recipe.seed)[rows * WARM_UP : rows * clock.last]
     frames = [sum(len(clips[i]["codes"]) + 1 for i in row) for row in plan]
     timed = np.concatenate(plan)
@@ -198,7 +198,8 @@ def measure(variant: str, args) -> dict:
     steps = clock.last + args.profile
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         if variant.startswith("ours"):
-            recipe = Recipe(steps, max_tokens=args.max_tokens, batch_size=args.rows, accumulate=args.accumulate, log_every=steps,
+            recipe = Recipe(steps, max_tokens=args.max_tokens, batch_size=args.rows,
+                            gradient_accumulation=args.gradient_accumulation, log_every=steps,
                             depth_ratio=RATIO if variant == "ours" else 1.0, eval_every=10**6, save_every=10**6)
             work = train_ours(model, processor, clips, recipe, folder, clock)
         else:
@@ -223,7 +224,7 @@ def read_arguments():
     parser.add_argument("--clips", type=int, default=512 if cuda else 24)
     parser.add_argument("--max-tokens", type=int, default=16_384 if cuda else 1024, help="ours: positions of a row")
     parser.add_argument("--rows", type=int, default=1, help="ours: rows of a batch")
-    parser.add_argument("--accumulate", type=int, default=1, help="ours: batches of a step")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="ours: batches of a step")
     parser.add_argument("--profile", action="store_true", help="where the time goes; slows a GPU down a little")
     return parser.parse_args()
 

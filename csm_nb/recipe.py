@@ -29,13 +29,13 @@ class Recipe:
     steps: int
     lr: float = 2e-4
     max_tokens: int = 1024  # positions of a packed row
-    batch_size: int = 1  # rows a step and process
-    accumulate: int = 1  # batches a step
+    batch_size: int = 1  # rows per step and process
+    gradient_accumulation: int = 1  # batches per step
     depth_ratio: float = 1 / 16  # share of the frames that the depth decoder learns from
-    codebook_weights: tuple = ()  # one a codebook, scaled to a mean of 1; empty: all alike
+    codebook_weights: tuple = ()  # one per codebook, scaled to a mean of 1; empty: all alike
     text_weight: float = 0.0  # of the loss on the next text token
     schedule: str = "cosine"  # or linear
-    recompute: bool = False  # gradient checkpointing of the backbone: less memory, a third more time
+    gradient_checkpointing: bool = False  # gradient checkpointing of the backbone: less memory, a third more time
     patience: int = 0  # evaluations without gain before it stops; 0: never
     log_every: int = 0
     eval_every: int = 0
@@ -53,7 +53,7 @@ def read_recipe(params: dict, **given) -> Recipe:
     """
     names = {field.name for field in fields(Recipe)}
     recipe = Recipe(**{key: value for key, value in params.items() if key in names} | given)
-    for name in ("steps", "max_tokens", "batch_size", "accumulate", "keep_checkpoints"):
+    for name in ("steps", "max_tokens", "batch_size", "gradient_accumulation", "keep_checkpoints"):
         if getattr(recipe, name) < 1:
             raise TrainingError(f"{name} is {getattr(recipe, name)}; allowed is 1 and more")
     if not (recipe.lr > 0 and 0 < recipe.depth_ratio <= 1):

@@ -24,8 +24,8 @@ from csm_nb.mini.loop import describe_training, fit
 from csm_nb.provenance import hash_value, read_json, write_json
 from csm_nb.synth.espeak import VOICES, speak_text
 from csm_nb.text.sentences import make_sentences
-from csm_nb.train.batches import batch_clips, read_clips
 from csm_nb.train.loss import compute_loss
+from csm_nb.train.packing import batch_clips, read_clips
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<|unknown|>")
 # ASCII, Latin-1 and Extended-A, IPA letters, modifiers, combining marks, tone numbers, the Greek letters of the IPA.

@@ -26,8 +26,8 @@ HELP = """The training of a run that a notebook (01 to 03) has begun, on several
 1. Start the notebook or `make run` as ever, and stop it when the training's first line is there: the tokens are made by then,
    and run.json says where they are.
 2. torchrun --nproc-per-node 8 -m csm_nb.runs.launch runs/no/03_adapter/<hash>
-   One process per GPU; a step takes batch_size x accumulate rows in each of them. Killed and started again with as many
-   processes, it goes on.
+   One process per GPU; a step takes batch_size x gradient_accumulation rows in each of them. Killed and started again with
+   as many processes, it goes on.
 3. Start the notebook or `make run` again, with the same parameters: it finds the training done, and does what comes after it.
 """
 

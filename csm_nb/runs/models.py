@@ -109,7 +109,7 @@ def describe_work(language: str, profile: str) -> str:
     values, _ = params.load_params(params.find_params(language, profile))
     cells = {key: cell.default for stage in reversed(STAGES) for key, cell in params.read_cell(stage).items()} | values
     steps = cells["anchor_steps"] + cells["synthetic_steps"] + cells["adapter_steps"] + 2 * cells["phoneme_steps"]
-    positions = cells["max_tokens"] * cells["batch_size"] * cells["accumulate"]
+    positions = cells["max_tokens"] * cells["batch_size"] * cells["gradient_accumulation"]
     said = f"01, 02, 03 and 05 train {steps:,} steps of {positions:,} positions per language."
     if str(cells["base_model"]).split("/")[-1] == "csm-1b" and cells["method"] == "lora":
         work = steps * positions * (POSITION_FLOP + DEPTH_FLOP * cells["depth_ratio"])

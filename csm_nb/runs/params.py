@@ -33,7 +33,7 @@ CHOICES = {
 # What a number may be: brackets belong to it, parentheses do not. Numbers that stand in no row are 0 or more.
 RANGES = {
     "[1, inf)": "clips anchor_clips anchor_steps synthetic_clips synthetic_steps adapter_steps phoneme_clips phoneme_steps "
-                " sentences rank alpha batch_size accumulate keep_checkpoints codebooks",
+                " sentences rank alpha batch_size gradient_accumulation keep_checkpoints codebooks",
     "[2, inf)": "corpus_clips",  # one of them is held out
     "[64, inf)": "max_tokens",  # two or three seconds of speech with their text
     "(0, 1]": "lr adapter_lr depth_ratio",

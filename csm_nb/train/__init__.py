@@ -1,1 +1,1 @@
-"""A training: batches, loss, Trainer, checkpoints, self-check, selection, cost."""
+"""A training: packed rows, loss, Trainer, checkpoints, self-check, selection, cost."""

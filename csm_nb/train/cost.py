@@ -19,8 +19,8 @@ from peft import PeftModel
 from csm_nb.device import half_precision
 from csm_nb.processes import read_memory_left
 from csm_nb.recipe import Recipe
-from csm_nb.train.batches import Clips, PackedRows, collate, plan_rows, read_clips
 from csm_nb.train.loss import compute_loss, inner_model, prepare_model, restore_model
+from csm_nb.train.packing import Clips, PackedRows, collate, plan_rows, read_clips
 from csm_nb.train.trainer import plan_choices
 
 PLAN = {"anchor": 10, "synthetic": 100, "real": 50}  # hours of speech of a language's three trainings, as a plan
@@ -65,9 +65,9 @@ def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float =
     memory, suggest = _estimate(model, clips, recipe)
     shapes = shape_batches(clips, recipe, model.device)
     largest = max(range(len(shapes)), key=lambda i: tuple(shapes[i]))
-    plan = _plan(clips, recipe, steps * recipe.accumulate)
+    plan = _plan(clips, recipe, steps * recipe.gradient_accumulation)
     dataset, size = PackedRows(clips, plan, recipe.depth_ratio, recipe.seed), recipe.batch_size
-    order = [largest] * recipe.accumulate + list(range(steps * recipe.accumulate))
+    order = [largest] * recipe.gradient_accumulation + list(range(steps * recipe.gradient_accumulation))
     batches = [collate([dataset[row] for row in range(i * size, min(len(plan), (i + 1) * size))]) for i in order]
     ran_out = False
     try:
@@ -78,7 +78,7 @@ def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float =
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         raise _refuse(model, memory, suggest(0.8 * min(memory["needed"], memory["free"])), "ran out of memory in a first step")
-    per_step, seconds = world * size * recipe.accumulate, median(seconds)
+    per_step, seconds = world * size * recipe.gradient_accumulation, median(seconds)
     audio = per_step * float(np.mean([clips.seconds[row].sum() for row in plan]))
     positions = per_step * float(np.mean([clips.lengths[row].sum() for row in plan]))
 
@@ -148,7 +148,7 @@ def estimate_disk(model, recipe: Recipe, out_dir=".") -> dict:
 
 
 def estimate_memory(model, clips: Clips, recipe: Recipe) -> dict:
-    """Bytes that training on `clips` (batches.read_clips) takes, by part: to know before the machine kills it.
+    """Bytes that training on `clips` (packing.read_clips) takes, by part: to know before the machine kills it.
 
     model is there already; copies (of weights in half precision, in float32), gradients, optimizer (AdamW's two moments),
     activations (kept for the backward pass of the plan's largest batch), temporary and slack (the allocator's) come on top
@@ -169,17 +169,17 @@ def _estimate(model, clips, recipe):
     fixed, free = sum(memory.values()) - memory["model"], count_free(model.device)
     if fixed > free:  # even before a row is looked at: its weights in float32 alone might be too much
         raise _refuse(model, memory | {"needed": fixed, "free": free}, [], "does not fit")
-    fits = {recompute: fit_activations(model, replace(recipe, recompute=recompute)) for recompute in (False, True)}
+    fits = {less: fit_activations(model, replace(recipe, gradient_checkpointing=less)) for less in (False, True)}
 
     def predict(wanted):
         shapes, config = shape_batches(clips, wanted, model.device), inner_model(model).config
-        kept = {recompute: shapes @ fit for recompute, fit in fits.items()}
+        kept = {less: shapes @ fit for less, fit in fits.items()}
         _, positions, _, texts, frames = shapes.max(0)
         logits = max(positions, frames * (config.num_codebooks - 1)) * config.vocab_size
         temporary = 8 * max(logits, texts * config.text_vocab_size * (wanted.text_weight > 0))  # float32, and their gradient
-        if wanted.recompute:  # one layer at a time is computed again
+        if wanted.gradient_checkpointing:  # one layer at a time is computed again
             temporary = max(temporary, (kept[False] - kept[True]).max() / config.num_hidden_layers)
-        most = kept[wanted.recompute].max()
+        most = kept[wanted.gradient_checkpointing].max()
         return {"activations": int(most), "temporary": int(temporary),
                 "slack": int(SLACK.get(model.device.type, 0.1) * (most + temporary))}
 
@@ -213,7 +213,7 @@ def fit_activations(model, recipe: Recipe) -> np.ndarray:
 
 
 def make_sample(lengths, text: int, depth: int, codebooks: int) -> dict:
-    """A batch of one row, as batches.collate makes it, of clips with `text` text positions each and `depth` depth frames."""
+    """A batch of one row, as packing.collate makes it, of clips with `text` text positions each and `depth` depth frames."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     is_frame = positions >= text
     return {"input_ids": (~is_frame).long(), "codes": is_frame[..., None].long().repeat(1, 1, codebooks), "is_frame": is_frame,
@@ -263,7 +263,7 @@ def _shape(rows, device):
 
 def _plan(clips, recipe, batches=0):
     """The first rows of the recipe's plan: those that are examined, at least so many batches."""
-    whole = recipe.steps * recipe.batch_size * recipe.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    whole = recipe.steps * recipe.batch_size * recipe.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     return plan_rows(clips, recipe.max_tokens, max(min(EXAMINED, whole), batches * recipe.batch_size), recipe.seed)
 
 
@@ -288,12 +288,12 @@ def _time_steps(model, batches, recipe):
     with _leave_alone(model, recipe):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-        for first in range(0, len(batches), recipe.accumulate):
+        for first in range(0, len(batches), recipe.gradient_accumulation):
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            step = batches[first : first + recipe.accumulate]
+            step = batches[first : first + recipe.gradient_accumulation]
             step = [{key: value.to(device) for key, value in batch.items()} for batch in step]
             frames = sum(batch["is_frame"].sum() for batch in step)
             for batch in step:
@@ -318,13 +318,15 @@ def _count_used(device):
 
 def _suggest(fits, clips, recipe):
     """Changes of the recipe with which it `fits`, the least costly first; several at once only where one is not enough."""
-    longest, rows = int(clips.lengths[clips.usable].max()), recipe.batch_size * recipe.accumulate
-    fewer = [{"batch_size": size, "accumulate": math.ceil(rows / size)} for size in range(recipe.batch_size - 1, 0, -1)]
+    longest, rows = int(clips.lengths[clips.usable].max()), recipe.batch_size * recipe.gradient_accumulation
+    fewer = [{"batch_size": size, "gradient_accumulation": math.ceil(rows / size)}
+             for size in range(recipe.batch_size - 1, 0, -1)]
     shorter = [{"max_tokens": tokens} for tokens in (*range(recipe.max_tokens // 64 * 64, longest, -64), longest)
                if tokens < recipe.max_tokens]
-    for given in ({}, {"recompute": True}, {"recompute": True, "batch_size": 1, "accumulate": rows}):
+    least = {"gradient_checkpointing": True}
+    for given in ({}, least, least | {"batch_size": 1, "gradient_accumulation": rows}):
         found = []
-        for ways in ([{"recompute": True}], fewer, shorter):
+        for ways in ([least], fewer, shorter):
             found += [given | way for way in ways if fits(replace(recipe, **given | way))][:1]
         if found:
             return [{key: value for key, value in way.items() if value != getattr(recipe, key)} for way in found]

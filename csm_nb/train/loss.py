@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from csm_nb.csm.attention import use_attention
 from csm_nb.recipe import Recipe, TrainingError
-from csm_nb.train.batches import IGNORED
+from csm_nb.train.packing import IGNORED
 
 
 def build_inputs(model, batch: dict) -> dict:
@@ -74,7 +74,7 @@ def prepare_model(model, recipe: Recipe):
         parameter.data = parameter.data.float()
     inner = inner_model(model)
     use_attention(inner, training=True)
-    if recipe.recompute:
+    if recipe.gradient_checkpointing:
         inner.backbone_model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

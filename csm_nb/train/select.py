@@ -13,9 +13,9 @@ from csm_nb.recipe import TrainingError
 from csm_nb.speak.generate import speak
 from csm_nb.text.normalise import character_error_rates
 from csm_nb.text.sentences import VALIDATION_CLIPS, make_sentences
-from csm_nb.train.batches import IGNORED, collate, pack_row, read_clips
 from csm_nb.train.checkpoints import has_finite_weights, list_checkpoints, load_weights
 from csm_nb.train.loss import compute_loss, inner_model
+from csm_nb.train.packing import IGNORED, collate, pack_row, read_clips
 
 CHOICES = ("best", "last")
 TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
@@ -52,7 +52,7 @@ def measure_clips(model, processor, rows, recipe) -> np.ndarray:
 
 
 def draw_clip(clips, index: int, recipe) -> dict:
-    """Return a clip alone in a row (batches.pack_row), with two frames and more for the depth decoder, the same every time."""
+    """Return a clip alone in a row (packing.pack_row), with two frames and more for the depth decoder, the same every time."""
     generator = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, index]).integers(2**62)))
     frames = clips.lengths[index] - len(clips.input_ids[index])
     return pack_row(clips, [index], max(recipe.depth_ratio, 2 / frames), generator)  # collate may take one away

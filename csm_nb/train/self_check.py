@@ -13,8 +13,8 @@ from csm_nb import device
 from csm_nb.clean import clean_text
 from csm_nb.csm.attention import use_attention
 from csm_nb.recipe import TrainingError
-from csm_nb.train import batches, loss
-from csm_nb.train.batches import batch_clips, collate, pack_row, read_clips
+from csm_nb.train import loss, packing
+from csm_nb.train.packing import batch_clips, collate, pack_row, read_clips
 
 TOLERANCE = 0.02  # of the depth loss; bfloat16 keeps two to three digits
 FRAMES = (11, 7)  # of the known clips: a few, so that CSM-1B does it on a CPU in seconds
@@ -27,8 +27,8 @@ WAYS_OUT = {
     "clips do not see each other": "a clip in a packed row would learn to lean on its neighbours, which are not there when it "
                                    "is spoken; load with load.load_base, and look at attention.use_attention and transformers' "
                                    "version (packed clips are told by position_ids that restart)",
-    "positions restart in each clip": "a clip would be trained at positions where it is never spoken; look at batches.pack_row",
-    "no clip is beyond the context": "the model has no position for the end of such a clip; batches.read_clips sets it aside "
+    "positions restart in each clip": "a clip would be trained at positions where it is never spoken; look at packing.pack_row",
+    "no clip is beyond the context": "the model has no position for the end of such a clip; packing.read_clips sets it aside "
                                      "where it is given the context",
     "text survives the tokenizer": "letters of the language itself are lost before the model sees them; use the tokenizer of the "
                                    "base model, whole, or a base whose tokenizer has them",
@@ -158,7 +158,7 @@ def _check_context(model, processor):
     context, codebooks = model.config.max_position_embeddings, model.config.num_codebooks
     row = {"text": "No.", "speaker_id": "0", "codes": np.ones((context, codebooks), np.uint16)}
     try:
-        batches.read_clips([row], processor, 2 * len(row["codes"]), model.codec_model.config.frame_rate, context)
+        packing.read_clips([row], processor, 2 * len(row["codes"]), model.codec_model.config.frame_rate, context)
     except TrainingError:
         return True, f"{context} positions"
     return False, f"a clip of {context} frames is trained on"

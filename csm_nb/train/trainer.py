@@ -19,10 +19,10 @@ from csm_nb.paths import show_path
 from csm_nb.provenance import read_json, write_json
 from csm_nb.recipe import Recipe, TrainingError
 from csm_nb.text.sentences import VALIDATION_CLIPS
-from csm_nb.train.batches import PackedRows, collate, pack_epoch, plan_rows, read_clips
 from csm_nb.train.checkpoints import MARKER, list_checkpoints, load_weights, mark_complete, prune_checkpoints, save_weights
 from csm_nb.train.loss import compute_loss, find_text_targets, inner_model, prepare_model, restore_model
 from csm_nb.train.pace import KeepPace, WriteMetrics
+from csm_nb.train.packing import PackedRows, collate, pack_epoch, plan_rows, read_clips
 
 EXPLODED = 1.5  # times the first loss, or that of blind guessing if it is larger: no training that goes well is there
 
@@ -174,7 +174,7 @@ def _train(model, processor, train_rows, valid_rows, out_dir, recipe, callbacks,
         print(f"it stopped early at step {done[-1][0]} (patience={recipe.patience}) and stays so; delete {done[-1][1]} to go on")
         recipe = replace(recipe, steps=done[-1][0])
     arguments = build_arguments(out_dir, recipe, device)
-    count = recipe.steps * recipe.batch_size * recipe.accumulate * arguments.world_size
+    count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
     plan = plan_rows(clips, recipe.max_tokens, count, recipe.seed)
     pace = KeepPace(recipe.log_seconds, recipe.save_minutes, plan_choices(recipe.steps))
     stop_early = [EarlyStoppingCallback(recipe.patience)] if recipe.patience else []
@@ -228,7 +228,8 @@ def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed, data_seed=recipe.seed,
         per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=1,  # one: rows by their number, see _sum_up
-        gradient_accumulation_steps=recipe.accumulate, lr_scheduler_type=recipe.schedule, lr_scheduler_kwargs={"last_epoch": 0},
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        lr_scheduler_type=recipe.schedule, lr_scheduler_kwargs={"last_epoch": 0},
         warmup_steps=max(1, recipe.steps // 10), max_grad_norm=1.0, bf16=has_fast_bfloat16(device), use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
         ddp_find_unused_parameters=False,  # all are used, though the embeddings outside of the wrapped forward

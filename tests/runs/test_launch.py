@@ -39,7 +39,8 @@ def make_run(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("changes", [{"text_weight": 0.5, "train_text": True, "recompute": True}, {"method": "full"}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"text_weight": 0.5, "train_text": True, "gradient_checkpointing": True}, {"method": "full"}], ids=str)
 def test_two_processes_train_a_run_that_one_then_finds_done(tmp_path, changes):
     folder = make_run(tmp_path / "run", **changes)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -21,9 +21,9 @@ from csm_nb.recipe import Recipe, TrainingError
 from csm_nb.synth.espeak import VOICES
 from csm_nb.text.sentences import make_sentences, normalise_sentence, split_of
 from csm_nb.train import select
-from csm_nb.train.batches import batch_clips, read_clips
 from csm_nb.train.checkpoints import list_checkpoints, mark_complete, save_weights
 from csm_nb.train.loss import compute_loss
+from csm_nb.train.packing import batch_clips, read_clips
 from csm_nb.train.select import (
     TEXTS,
     choose_checkpoint,

@@ -11,7 +11,6 @@ from csm_nb.csm.adapters import add_adapter, train_fully
 from csm_nb.csm.load import load_base
 from csm_nb.recipe import Recipe
 from csm_nb.train import cost
-from csm_nb.train.batches import PackedRows, collate, read_clips
 from csm_nb.train.cost import (
     CostError,
     count_activations,
@@ -21,6 +20,7 @@ from csm_nb.train.cost import (
     measure_cost,
     tabulate_cost,
 )
+from csm_nb.train.packing import PackedRows, collate, read_clips
 from csm_nb.train.trainer import train_model
 
 RECIPE = Recipe(6, lr=5e-3, max_tokens=256, depth_ratio=0.25)
@@ -51,7 +51,7 @@ def test_measuring_changes_no_weight_no_random_number_and_no_mode(method):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    measure_cost(model, processor, make_rows(), replace(RECIPE, accumulate=2, batch_size=2), steps=1)
+    measure_cost(model, processor, make_rows(), replace(RECIPE, gradient_accumulation=2, batch_size=2), steps=1)
     for name, value in model.state_dict().items():
         assert torch.equal(value.view(-1).view(torch.uint8), weights[name].view(-1).view(torch.uint8)), name
     assert torch.equal(torch.get_rng_state(), state)
@@ -72,8 +72,8 @@ def test_a_training_after_measuring_has_the_losses_of_one_without(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"batch_size": 3}, {"text_weight": 0.5}, {"max_tokens": 512},
-                                     {"depth_ratio": 1.0, "codebook_weights": (1,) * 8}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"batch_size": 3}, {"text_weight": 0.5},
+                                     {"max_tokens": 512}, {"depth_ratio": 1.0, "codebook_weights": (1,) * 8}], ids=str)
 def test_activations_counted_on_small_rows_are_those_of_a_full_row(method, changes):
     recipe = replace(RECIPE, **changes)
     model, processor = make_model(method)
@@ -98,12 +98,13 @@ def test_counting_activations_lets_go_of_them():
     assert psutil.Process().memory_info().rss - before < 150e6
 
 
-def test_recompute_needs_less_and_full_training_more():
+def test_gradient_checkpointing_needs_less_and_full_training_more():
     needed = {}
     for method in ("lora", "full"):
         model, processor = make_model(method)
-        for recompute in (False, True):
-            needed[method, recompute] = estimate_memory(model, read(processor), replace(RECIPE, recompute=recompute))["needed"]
+        for less in (False, True):
+            recipe = replace(RECIPE, gradient_checkpointing=less)
+            needed[method, less] = estimate_memory(model, read(processor), recipe)["needed"]
     assert needed["lora", True] < needed["lora", False] < needed["full", False]
     assert needed["full", True] < needed["full", False]
 
@@ -119,7 +120,7 @@ def test_full_training_needs_sixteen_bytes_a_parameter_in_half_precision_or_not(
     assert sums[0] == sums[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"batch_size": 4}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"batch_size": 4}], ids=str)
 def test_too_little_memory_is_refused_with_changes_that_are_accepted(changes, monkeypatch):
     recipe = replace(RECIPE, **changes)
     model, processor = make_model()
@@ -138,9 +139,9 @@ def test_too_little_memory_is_refused_with_changes_that_are_accepted(changes, mo
 def test_several_changes_are_suggested_where_one_is_not_enough(monkeypatch):
     model, processor = make_model()
     recipe = replace(RECIPE, batch_size=4)
-    least = estimate_memory(model, read(processor), replace(recipe, recompute=True, batch_size=1))["needed"]
+    least = estimate_memory(model, read(processor), replace(recipe, gradient_checkpointing=True, batch_size=1))["needed"]
     monkeypatch.setattr(cost, "count_free", lambda device: least)
-    with pytest.raises(CostError, match="recompute=true and batch_size=1 and accumulate=4") as refused:
+    with pytest.raises(CostError, match="gradient_checkpointing=true and batch_size=1 and gradient_accumulation=4") as refused:
         estimate_memory(model, read(processor), recipe)
     estimate_memory(model, read(processor), replace(recipe, **refused.value.suggestions[0]))
 
@@ -164,7 +165,7 @@ def test_memory_that_runs_out_in_a_step_is_the_same_refusal(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cost, "_count_used", run_out)
-    with pytest.raises(CostError, match="ran out of memory in a first step.*recompute=true") as refused:
+    with pytest.raises(CostError, match="ran out of memory in a first step.*gradient_checkpointing=true") as refused:
         measure_cost(model, processor, make_rows(), RECIPE, steps=1)
     assert refused.value.suggestions
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training

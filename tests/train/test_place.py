@@ -140,7 +140,7 @@ def test_an_edit_of_what_moves_no_weight_makes_no_other_training(model, package,
     assert name(model) == before
 
 
-@pytest.mark.parametrize("file", ["train/trainer.py", "train/batches.py", "train/loss.py", "train/pace.py", "csm/attention.py",
+@pytest.mark.parametrize("file", ["train/trainer.py", "train/packing.py", "train/loss.py", "train/pace.py", "csm/attention.py",
                                   "csm/load.py", "train/checkpoints.py", "clean.py"])
 def test_an_edit_of_the_code_that_moves_weights_makes_another_training(model, package, file):
     before = name(model)

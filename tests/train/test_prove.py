@@ -14,8 +14,8 @@ from csm_nb.csm.adapters import add_adapter, train_fully
 from csm_nb.csm.load import encode_text, load_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.text.sentences import spell_alphabet
-from csm_nb.train import batches, loss
-from csm_nb.train.batches import pack_row, read_clips
+from csm_nb.train import loss, packing
+from csm_nb.train.packing import pack_row, read_clips
 from csm_nb.train.self_check import WAYS_OUT, ProofError, _check_texts, list_unknown, prove_model
 
 TEXTS = ["Jeg så på øya.", "Vær så snill!"]
@@ -132,7 +132,7 @@ def test_positions_that_run_on_are_refused(base, monkeypatch):
 
 
 def test_a_clip_beyond_the_context_that_is_not_set_aside_is_refused(base, monkeypatch):
-    monkeypatch.setattr(batches, "read_clips", lambda *args: read_clips(*args[:4]))
+    monkeypatch.setattr(packing, "read_clips", lambda *args: read_clips(*args[:4]))
     with pytest.raises(ProofError, match=r"no clip is beyond the context \(found: a clip of 2048 frames"):
         prove_model(*base)
 

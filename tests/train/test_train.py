@@ -26,9 +26,9 @@ from csm_nb.recipe import Recipe, TrainingError, read_recipe
 from csm_nb.synth.espeak import VOICES, speak_text
 from csm_nb.text.sentences import make_sentences
 from csm_nb.train import checkpoints, trainer
-from csm_nb.train.batches import batch_clips, collate, pack_epoch, pack_row, plan_rows, read_clips
 from csm_nb.train.checkpoints import list_checkpoints, mark_complete, prune_checkpoints
 from csm_nb.train.loss import build_inputs, compute_loss, prepare_model, restore_model
+from csm_nb.train.packing import batch_clips, collate, pack_epoch, pack_row, plan_rows, read_clips
 from csm_nb.train.trainer import train_model
 
 
@@ -159,11 +159,11 @@ def test_text_counts_by_its_tokens_in_whichever_batch_of_a_step_it_is(base, tmp_
     rows = make_rows((5, 60))
     rows[0]["text"], rows[1]["text"] = "Jeg vet ikke hva det er, men vi går hjem i dag.", "Nei."
     losses = []
-    for recipe in (Recipe(1, batch_size=2), Recipe(1, accumulate=2)):
+    for recipe in (Recipe(1, batch_size=2), Recipe(1, gradient_accumulation=2)):
         torch.manual_seed(0)
         model = add_adapter(load_base("models/csm-mini", "cpu")[0], 4, 8, 0.0)
         recipe = replace(recipe, max_tokens=80, text_weight=10.0, depth_ratio=1.0)
-        history = train_model(model, base[1], rows, rows, tmp_path / f"{recipe.accumulate}", recipe)
+        history = train_model(model, base[1], rows, rows, tmp_path / f"{recipe.gradient_accumulation}", recipe)
         losses.append([row.get("loss", row.get("eval_loss")) for row in history])
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=2e-3)
     with torch.no_grad():  # before the step, held out and trained on are the same clips
@@ -288,14 +288,14 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter(rows, tmp_path):
 
 def test_gradient_checkpointing_changes_no_gradient(rows):
     gradients = []
-    for recompute in (False, True):
+    for gradient_checkpointing in (False, True):
         model, processor = adapted("lora")
-        prepare_model(model, Recipe(1, recompute=recompute)).train()
+        prepare_model(model, Recipe(1, gradient_checkpointing=gradient_checkpointing)).train()
         compute_loss(model, batch_clips(read(rows, processor), range(3))).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         restore_model(model)
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
 
 
 def test_gradient_checkpointing_leaves_no_hook():
@@ -305,7 +305,7 @@ def test_gradient_checkpointing_leaves_no_hook():
         return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
     before = count()
-    prepare_model(model, Recipe(1, recompute=True))
+    prepare_model(model, Recipe(1, gradient_checkpointing=True))
     restore_model(model)
     assert count() == before
 
