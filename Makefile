@@ -33,7 +33,7 @@ TAKES_help   := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE EXTRAS LAB
 TAKES_run    := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE
 TAKES_models := LANGS PROFILE STAGES
 TAKES_ablate := LANGS PROFILE CORPUS JOBS SEEDS SET
-TAKES_lab    := LAB
+TAKES_lab    := LAB LANGS PROFILE
 TAKES_setup  := EXTRAS
 TAKES_clean-data := ALL
 ALWAYS       := PYTHON CONDA_DEFAULT_ENV CONDA_PREFIX SHELL MAKE MAKEFLAGS MFLAGS MAKEFILES
@@ -60,7 +60,7 @@ help:
 	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
 	@echo "make ablate  the same with one thing changed at a time, at equal compute; SEEDS='0 1 2', LANGS PROFILE CORPUS JOBS SET as above"
 	@echo "make test    run every test"
-	@echo "make lab     open the notebooks in JupyterLab; LAB='--no-browser ...' for its options"
+	@echo "make lab     open the notebooks in JupyterLab with the values of LANGS and PROFILE in them; LAB='--no-browser ...'"
 	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
 	@echo "make lock    resolve pyproject.toml anew into requirements.lock"
 	@echo "make clean   remove caches; .venv and everything that runs made stay"
@@ -86,7 +86,9 @@ clean-data: $(STAMP)
 	@$(PY) -m csm_nb.runs.kept --clean $(if $(filter-out 0 no false,$(ALL)),--all)
 
 lab: $(STAMP)
-	$(ENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+	@$(PY) -m csm_nb.runs.lab --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE))
+	$(ENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
+	  --LabApp.default_url=/lab/tree/runs/lab/$(basename $(notdir $(PROFILE)))/$(firstword $(LANGS))/00_mimi_sanity.ipynb $(LAB)
 
 setup: $(STAMP)
 ifneq ($(EXTRAS),)

@@ -32,7 +32,7 @@ def read_command(output, module):
     (["run", "langs=da"], "langs; did you mean LANGS?"),
     (["run", "COPRUS=a"], "COPRUS; did you mean CORPUS?"),
     (["LANG=da"], "LANG; did you mean LANGS?"),
-    (["lab", "LANGS=da"], "make lab takes no LANGS. It takes LAB"),
+    (["lab", "CORPUS=a"], "make lab takes no CORPUS"),
     (["test", "XYZ=1"], "make test takes no XYZ. It takes nothing"),
     (["setup", "EXTRA=gpu"], "EXTRA; did you mean EXTRAS?"),
 ])  # fmt: skip
@@ -63,7 +63,8 @@ def test_seeds_reach_the_ablation():
     assert code == 0 and (options.langs, options.seeds, options.set) == (["no"], [0, 1, 2], {"sentences": 8})
 
 
-@pytest.mark.parametrize("words", [["help"], ["run", "ablate", "LANGS=da"], ["test"], ["lab", "LAB=--no-browser"], ["clean"]])
+@pytest.mark.parametrize("words", [["help"], ["run", "ablate", "LANGS=da"], ["test"], ["clean"], ["clean-data", "ALL=1"],
+                                   ["lab", "LAB=--no-browser", "LANGS=da", "PROFILE=test"]])
 def test_what_targets_take_is_taken(words):
     assert make(*words)[0] == 0
 
