@@ -288,7 +288,7 @@ def open_run(stage: str, namespace: dict) -> Run:
 
 
 def note_used(run: Run, **kept) -> None:
-    """Record in run.json what a run used of what is kept: `note_used(run, tokens=path, training=path, spoken=[...])`.
+    """Record in run.json what a run used of what is kept: `note_used(run, tokens=path, training=path)`.
 
     Each is a path or a list of them, written relative to the project's root where it is below it. A later call adds to
     what an earlier one wrote, so that a run that fails half way still says what it used.

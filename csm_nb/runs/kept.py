@@ -12,7 +12,7 @@ from csm_nb.claims import is_held
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import read_json
 
-KINDS = ("tokens", "trainings", "spoken")
+KINDS = ("tokens", "trainings")
 
 
 def list_kept(runs="runs") -> pd.DataFrame:
