@@ -26,16 +26,21 @@ def hash_value(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def hash_file(path: Path) -> str:
-    """Return a hash of a file's bytes; a file of unchanged size and time is read once a process."""
+def hash_file(path: Path, digits: int = 12) -> str:
+    """Return a hash of a file's bytes in so many hex digits; a file of unchanged size and times is read once per process."""
+    return _hash_content(path, *_read_times(path))[:digits]
+
+
+def _read_times(path):
+    """Return a file's size and times: its time of change is set by hand at will, that of its inode is not."""
     status = path.stat()
-    return _hash_content(path, status.st_size, status.st_mtime_ns)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @functools.cache
-def _hash_content(path, size, mtime):
+def _hash_content(path, *times):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_folder(folder: Path) -> str:
@@ -48,12 +53,11 @@ def hash_folder(folder: Path) -> str:
 def hash_recordings(path: Path) -> str:
     """Return a hash of a folder of audio (names and bytes) or of a manifest (its bytes, and those of its clips).
 
-    So a file that was changed under its name and at its size counts. What takes over a second to read is remembered in
-    data/hashes.json with its size and time, by which it is read again when either changes.
+    So a file that was changed under its name and at its size counts (hash_files).
     """
     if path.is_dir():
         files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-        return hash_value(list(zip(files, _hash_files(files.values()), strict=True)))
+        return hash_value(list(zip(files, hash_files(files.values()), strict=True)))
     clips = []
     try:
         lines = [line for line, _ in read_lines(path)]
@@ -64,22 +68,29 @@ def hash_recordings(path: Path) -> str:
             clips.append(find_file(path.parent / json.loads(line)["audio_path"]))
         except (ValueError, LookupError, TypeError, OSError):  # a bad line: corpora sets it aside and says so
             clips.append(None)
-    return hash_value([hash_file(path), _hash_files(clips)])
+    return hash_value([hash_file(path), hash_files(clips)])
 
 
-def _hash_files(files):
-    """The hashes of files, None for one that is not there or can not be read."""
+def hash_files(files) -> list[str | None]:
+    """Return a hash of each file's bytes, 24 hex digits, as clips are many; None for one that is not there or can not be read.
+
+    What takes over a second to read is remembered in data/hashes.json with its size and times, and read again when they
+    change: the hash of a run and the tokens of its corpus ask for the same clips.
+    """
     memory, began, hashes = paths.ROOT / "data" / "hashes.json", time.time(), []
-    known = read_json(memory)
+    try:
+        known = read_json(memory)
+    except ValueError:  # half a file: it is only a memory
+        known = {}
     for file in files:
         try:
-            status = file.stat()
-            kept = known.get(str(file), [None, None, None])
-            if kept[:2] != [status.st_size, status.st_mtime_ns]:
-                kept = [status.st_size, status.st_mtime_ns, hash_file(file)]
-                if began - status.st_mtime > SETTLED:
+            times = list(_read_times(file))
+            kept = known.get(str(file), [])
+            if kept[:-1] != times:
+                kept = [*times, hash_file(file, 24)]
+                if began - times[1] / 1e9 > SETTLED:
                     known[str(file)] = kept
-            hashes.append(kept[2])
+            hashes.append(kept[-1])
         except (OSError, AttributeError):
             hashes.append(None)
     if time.time() - began > 1:

@@ -2,44 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csm_nb.provenance import read_json, write_json
-
 ABOUT = "tokens.json"  # in a folder of tokens: its codec, rows and shards
-AUDIO = "audio.json"  # beside the folders: the hash of each file of audio, with the size and time that it had
-
-
-def hash_audio(paths, place: Path) -> list[str]:
-    """Return a hash of the bytes of each file of audio, "" for one that can not be read.
-
-    A file of unchanged size and time (of change and of inode, in ns) is not read again; `place` remembers them.
-    """
-    try:
-        known = read_json(place / AUDIO)
-    except ValueError:  # half a file: it is only a memory
-        known = {}
-    hashes, changed = [], False
-    for path in map(str, paths):
-        try:
-            status = os.stat(path)
-            seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            if known.get(path, {}).get("seen") != seen:
-                with open(path, "rb") as file:
-                    known[path] = {"seen": seen, "hash": hashlib.file_digest(file, "sha256").hexdigest()[:24]}
-                changed = True
-            hashes.append(known[path]["hash"])
-        except OSError:
-            hashes.append("")
-    if changed:
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(place / AUDIO, known)
-    return hashes
 
 
 def hash_codec(codec) -> str:

@@ -16,8 +16,8 @@ from filelock import Timeout
 from csm_nb.audio import AudioError, read_audio
 from csm_nb.claims import hold
 from csm_nb.codec.mimi import encode, frame_rate
-from csm_nb.corpora.codes import ABOUT, find_codes, hash_audio, hash_codec, read_codes
-from csm_nb.provenance import hash_value, read_json, replace_file, write_json
+from csm_nb.corpora.codes import ABOUT, find_codes, hash_codec, read_codes
+from csm_nb.provenance import hash_files, hash_value, read_json, replace_file, write_json
 
 SHARD_CLIPS = 64  # that a killed writer loses at most
 MOST_SHARDS = 1000  # a longer corpus has larger shards
@@ -45,13 +45,15 @@ def write_tokens(rows, codec, data) -> dict:
     """
     rows, place = list(rows), Path(data) / "tokens"
     _check_rows(rows)
-    hashes, mark = hash_audio([row["audio_path"] for row in rows], place), hash_codec(codec)
+    hashes, mark = hash_files(Path(row["audio_path"]) for row in rows), hash_codec(codec)
     named = [[row["text"], audio, str(row["speaker_id"]), row["language"]] for row, audio in zip(rows, hashes, strict=True)]
     folder = place / hash_value([mark, named])
     folder.mkdir(parents=True, exist_ok=True)
     size = max(SHARD_CLIPS, -(-len(rows) // MOST_SHARDS))
-    about = read_json(folder / ABOUT) or _describe(codec, mark, rows, size)
-    write_json(folder / ABOUT, about)
+    about = read_json(folder / ABOUT)
+    if not about:
+        about = _describe(codec, mark, rows, size)
+        write_json(folder / ABOUT, about)
     parts = {f"part-{number:05d}.parquet": slice(number * about["shard clips"], (number + 1) * about["shard clips"])
              for number in range(about["shards"])}
     counts = {"encoded": 0, "found": 0}
@@ -82,32 +84,30 @@ def _is_whole(path):
 
 
 def _write_shard(rows, hashes, known, codec, path):
+    """Write the shard of `rows`, and return how many of its clips were encoded and how many were found."""
     found = [audio for audio in dict.fromkeys(hashes) if audio in known]
     clips = {audio: clip for audio, clip in zip(found, read_codes([known[audio] for audio in found]), strict=True) if clip}
-    before, wavs, reasons = len(clips), {}, {}
+    counts, wavs, kept, set_aside = {"found": len(clips)}, {}, [], []
     for row, audio in zip(rows, hashes, strict=True):
-        name = audio or row["audio_path"]
-        if name in clips or name in wavs or name in reasons:
-            continue
         try:
-            wavs[name] = read_audio(row["audio_path"], codec.config.sampling_rate)
+            if audio not in clips and audio not in wavs:
+                wav = read_audio(row["audio_path"], codec.config.sampling_rate)
+                if audio is None:  # it was not there when its bytes were asked for
+                    raise AudioError(f"{row['audio_path']}: it came while others were encoded; run again")
+                wavs[audio] = wav
+            kept.append((row, audio))
         except AudioError as error:
-            reasons[name] = str(error)
+            set_aside.append(row | {"reason": str(error)})
     if wavs:
         seconds = [len(wav) / codec.config.sampling_rate for wav in wavs.values()]
         clips |= zip(wavs, zip(encode(codec, list(wavs.values())), seconds, strict=True), strict=True)
-    pairs = [(row, audio) for row, audio in zip(rows, hashes, strict=True) if (audio or row["audio_path"]) in clips]
-    columns = {name: [row[name] for row, _ in pairs] for name in ("text", "language")}
-    columns["speaker_id"] = [str(row["speaker_id"]) for row, _ in pairs]
-    columns["codes"] = [clips[audio][0].tolist() for _, audio in pairs]
-    columns["duration"] = [clips[audio][1] for _, audio in pairs]
-    columns["audio"] = [audio for _, audio in pairs]
     schema = _SCHEMA.append(_AUDIO)
-    set_aside = [row | {"reason": reasons[audio or row["audio_path"]]} for row, audio in zip(rows, hashes, strict=True)
-                 if (audio or row["audio_path"]) in reasons]
-    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    table = pa.Table.from_pylist([
+        {"text": row["text"], "codes": clips[audio][0].tolist(), "speaker_id": str(row["speaker_id"]),
+         "language": row["language"], "duration": clips[audio][1], "audio": audio} for row, audio in kept
+    ], schema)  # fmt: skip
     _write_table(table.replace_schema_metadata({"set_aside": json.dumps(set_aside, ensure_ascii=False, default=str)}), path)
-    return {"encoded": len(wavs), "found": before}
+    return counts | {"encoded": len(wavs)}
 
 
 def _check_rows(rows):

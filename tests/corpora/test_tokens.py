@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+from csm_nb import paths
 from csm_nb.audio import read_audio
 from csm_nb.codec.mimi import encode, load_codec
 from csm_nb.corpora import tokens
@@ -96,6 +97,7 @@ def test_an_overwritten_clip_of_the_same_size_and_time_is_encoded_alone(codec, o
 
 WRITER = """
 import sys, time, torch
+from csm_nb import paths
 from csm_nb.corpora import tokens
 from csm_nb.codec.mimi import encode, load_codec
 from csm_nb.manifest import read_manifest
@@ -245,10 +247,12 @@ def test_a_broken_shard_is_named_and_made_again_from_nothing_else(codec, own, tm
     assert sorted(encoded[:3]) == [2, 4, 4] and encoded[3:] == [4]
 
 
-def test_what_is_remembered_of_the_audio_may_be_lost_or_broken(codec, own, tmp_path, encoded):
+def test_what_is_remembered_of_the_audio_may_be_lost_or_broken(codec, own, tmp_path, encoded, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     path = write_tokens(own, codec, tmp_path)["path"]
+    memory = tmp_path / "data" / "hashes.json"
+    memory.parent.mkdir()
     for content in ("{", None):
-        memory = tmp_path / "tokens" / "audio.json"
         memory.unlink() if content is None else memory.write_text(content)
         assert write_tokens(own, codec, tmp_path)["path"] == path
     assert encoded == [10]
