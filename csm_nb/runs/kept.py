@@ -37,10 +37,14 @@ def list_kept(runs="runs") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "place", "MB", "days", "used by", "held"])
 
 
-def clean(kept: pd.DataFrame, everything: bool = False) -> list[Path]:
-    """Remove what no run uses, with `everything` all, and return where it was; what a process works in stays."""
-    free = kept[~kept.held & (everything | (kept["used by"] == "no run"))]
-    places = [resolve_path(place) for place in free.place if not is_held(resolve_path(place))]
+def find_free(kept: pd.DataFrame, everything: bool = False) -> pd.DataFrame:
+    """Return the rows of what no run uses, with `everything` of all, but for what a process works in."""
+    return kept[~kept.held & (everything | (kept["used by"] == "no run"))]
+
+
+def clean(free: pd.DataFrame) -> list[Path]:
+    """Remove the places of `free` (find_free) and return them; what a process has begun to work in meanwhile stays."""
+    places = [place for place in map(resolve_path, free.place) if not is_held(place)]
     for place in places:
         shutil.rmtree(place)
     return places
@@ -55,7 +59,7 @@ def main() -> int:
     options = parser.parse_args()
     kept = list_kept(options.runs)
     print(kept.round(1).to_string(index=False) if len(kept) else f"nothing is kept beside {options.runs}")
-    free = kept[~kept.held & (options.all | (kept["used by"] == "no run"))]
+    free = find_free(kept, options.all)
     if not options.clean or free.empty:
         print(f"{kept.MB.sum():.0f} MB, of which {free.MB.sum():.0f} MB would go (make clean-data; ALL=1: also what runs use)")
         return 0
@@ -65,7 +69,7 @@ def main() -> int:
     if input(f"Remove {len(free)} folders, {free.MB.sum():.0f} MB? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was removed")
         return 1
-    print(f"removed {len(clean(free, True))} folders")
+    print(f"removed {len(clean(free))} folders")
     return 0
 
 

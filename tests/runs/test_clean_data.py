@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from csm_nb.claims import hold
 from csm_nb.provenance import write_json
-from csm_nb.runs.kept import clean, list_kept
+from csm_nb.runs.kept import clean, find_free, list_kept
 
 
 def make_kept(tmp_path):
@@ -34,9 +34,9 @@ def test_only_what_no_run_uses_and_nobody_works_in_goes(tmp_path):
     runs, (used, left, old) = make_kept(tmp_path)
     with hold(old):
         assert list_kept(runs).set_index("place").held[str(old)]
-        assert clean(list_kept(runs), everything=False) == [left]
+        assert clean(find_free(list_kept(runs), everything=False)) == [left]
     assert used.is_dir() and old.is_dir() and not left.exists()
-    assert set(clean(list_kept(runs), everything=True)) == {used, old}
+    assert set(clean(find_free(list_kept(runs), everything=True))) == {used, old}
 
 
 def test_without_a_terminal_it_says_what_would_go_and_removes_nothing(tmp_path):
