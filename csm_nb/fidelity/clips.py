@@ -76,8 +76,8 @@ def find_clips(audio: str, language: str, count: int, seed: int, out_dir) -> tup
     if not audio:
         texts = make_sentences(language, count, seed, "test")
         rows = read_manifest(make_corpus(texts, language, resolve_path(out_dir) / f"clips_{language}", HELD_OUT_VOICES))
-        source = ("synthetic speech by espeak-ng, no recordings: it shows nothing of how people say the language, though a stop "
-                  "holds back training until there is a verdict on recordings")
+        source = ("synthetic speech by espeak-ng, no recordings: it shows nothing of how people say the language, and a stop "
+                  "on it forbids no training")
     else:
         rows = list({row["audio_path"]: row for row in load_corpus(resolve_path(audio), language)}.values())
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
