@@ -36,12 +36,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from csm_nb.csm.adapters import add_adapter
-from csm_nb.csm.load import encode_text, load_base
+from csm_nb.csm.load import encode_text, inner_model, load_base
 from csm_nb.device import has_fast_bfloat16
 from csm_nb.paths import ROOT
 from csm_nb.recipe import Recipe
 from csm_nb.text.sentences import make_sentences
-from csm_nb.train.loss import inner_model
 from csm_nb.train.packing import plan_rows, read_clips
 from csm_nb.train.trainer import train_model
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from csm_nb.codec.mimi import decode
-from csm_nb.csm.load import encode_text
+from csm_nb.csm.load import encode_text, inner_model
 from csm_nb.csm.speakers import get_speakers, pick_voice
 
 # A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
@@ -87,7 +87,7 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
     voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
     speakers = [voices[speaker] for speaker in speakers]
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     generator = torch.Generator(device=inner.device).manual_seed(seed)
     for text, speaker in zip(texts, speakers, strict=True):
         check_text(inner, processor, text, speaker)

@@ -13,6 +13,7 @@ from transformers.integrations import TensorBoardCallback
 
 from csm_nb import audio
 from csm_nb.csm.attention import use_attention
+from csm_nb.csm.load import inner_model
 from csm_nb.recipe import Recipe
 from csm_nb.show import players, results
 from csm_nb.speak.generate import speak
@@ -102,7 +103,7 @@ class SpeakSamples(TrainerCallback):
         every, step = self.every or -(-state.max_steps // 2), state.global_step
         if not state.is_world_process_zero or step % every or step >= state.max_steps:
             return  # what is said at the end, the notebook asks for itself
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner = inner_model(self.model)
         use_attention(inner, training=False)
         self.model.eval()
         try:

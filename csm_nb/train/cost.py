@@ -16,10 +16,11 @@ import psutil
 import torch
 from peft import PeftModel
 
+from csm_nb.csm.load import inner_model
 from csm_nb.device import half_precision
 from csm_nb.processes import read_memory_left
 from csm_nb.recipe import Recipe
-from csm_nb.train.loss import compute_loss, inner_model, prepare_model, restore_model
+from csm_nb.train.loss import compute_loss, prepare_model, restore_model
 from csm_nb.train.packing import Clips, PackedRows, collate, plan_rows, read_clips
 from csm_nb.train.trainer import plan_choices
 

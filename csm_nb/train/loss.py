@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from csm_nb.csm.attention import use_attention
+from csm_nb.csm.load import inner_model
 from csm_nb.recipe import Recipe, TrainingError
 from csm_nb.train.packing import IGNORED
 
@@ -56,11 +57,6 @@ def find_text_targets(batch: dict) -> torch.Tensor:
     """Which positions, from the second on, are text tokens that another text token of their clip comes before."""
     is_text = ~batch["is_frame"][:, :-1] & ~batch["is_frame"][:, 1:] & (batch["position_ids"].diff() == 1)
     return is_text & (batch["input_ids"][:, 1:] != 0)  # not the padding
-
-
-def inner_model(model):
-    """The CSM model itself, without an adapter's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def prepare_model(model, recipe: Recipe):

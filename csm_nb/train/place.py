@@ -11,12 +11,12 @@ from peft import PeftModel
 from csm_nb import paths
 from csm_nb.claims import hold
 from csm_nb.corpora.tokens import count_frames, read_column
+from csm_nb.csm.load import inner_model
 from csm_nb.csm.weights import hash_weights
 from csm_nb.device import has_fast_bfloat16
 from csm_nb.hub import TOKENIZER
 from csm_nb.provenance import hash_code, hash_file, hash_value, write_json
 from csm_nb.text.sentences import VALIDATION_CLIPS
-from csm_nb.train.loss import inner_model
 
 RECORD = "training.json"
 # Fields of a recipe that move no weight: lines of the log, checkpoints, samples, the choice between checkpoints.

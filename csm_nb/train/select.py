@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 
+from csm_nb.csm.load import inner_model
 from csm_nb.device import half_precision
 from csm_nb.judge.intervals import bootstrap_interval, count_needed_mean, share_interval
 from csm_nb.judge.judges import identify_languages, transcribe
@@ -14,7 +15,7 @@ from csm_nb.speak.generate import speak
 from csm_nb.text.normalise import character_error_rates
 from csm_nb.text.sentences import VALIDATION_CLIPS, make_sentences
 from csm_nb.train.checkpoints import has_finite_weights, list_checkpoints, load_weights
-from csm_nb.train.loss import compute_loss, inner_model
+from csm_nb.train.loss import compute_loss
 from csm_nb.train.packing import IGNORED, collate, pack_row, read_clips
 
 CHOICES = ("best", "last")

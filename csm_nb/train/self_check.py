@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from csm_nb import device
 from csm_nb.clean import clean_text
 from csm_nb.csm.attention import use_attention
+from csm_nb.csm.load import inner_model
 from csm_nb.recipe import TrainingError
 from csm_nb.train import loss, packing
 from csm_nb.train.packing import batch_clips, collate, pack_row, read_clips
@@ -57,7 +58,7 @@ def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
     in it (an adapter, or adapters.train_fully) also: it sits in both decoders and not in the codec, and gradients reach both.
     Weights, gradients, modes and random numbers are left as they were.
     """
-    inner, checks = loss.inner_model(model), {}
+    inner, checks = inner_model(model), {}
     tables = inner.backbone_model.embed_tokens.embed_audio_tokens.weight, inner.depth_decoder.model.embed_tokens.weight
     checks["codebook tables are one"] = tables[0].data_ptr() == tables[1].data_ptr(), " x ".join(map(str, tables[0].shape))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from csm_nb.claims import LEASE, hold, name_holder
+from csm_nb.csm.load import inner_model
 from csm_nb.device import has_fast_bfloat16
 from csm_nb.paths import show_path
 from csm_nb.provenance import read_json, write_json
 from csm_nb.recipe import Recipe, TrainingError
 from csm_nb.text.sentences import VALIDATION_CLIPS
 from csm_nb.train.checkpoints import MARKER, list_checkpoints, load_weights, mark_complete, prune_checkpoints, save_weights
-from csm_nb.train.loss import compute_loss, find_text_targets, inner_model, prepare_model, restore_model
+from csm_nb.train.loss import compute_loss, find_text_targets, prepare_model, restore_model
 from csm_nb.train.pace import KeepPace, WriteMetrics
 from csm_nb.train.packing import PackedRows, collate, pack_epoch, plan_rows, read_clips
 
