@@ -29,7 +29,7 @@ from csm_nb.provenance import (
     read_json,
     write_json,
 )
-from csm_nb.recipe import TRAINED, ParameterError
+from csm_nb.recipe import TRAINED, ParameterError, suggest
 from csm_nb.runs.params import (
     FILES,
     PLACES,
@@ -53,13 +53,25 @@ _HELD = {}  # the claim on the folder that this process's notebook writes to
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one stage. `inputs` maps a parameter that names files or a model to its path (or hub id) and hash."""
+    """One run of one stage: where its parameters are read after `open_run`, as `run.corpus_clips`.
+
+    `params` are the checked ones, as run.json has them; a global that a cell changed later is not what ran. `inputs` maps a
+    parameter that names files or a model to its path (or hub id) and hash.
+    """
 
     stage: str
     language: str
     dir: Path
     params: dict
     inputs: dict
+
+    def __getattr__(self, name):
+        """Return a parameter of the run by its name. Raises AttributeError with the names there are."""
+        params = self.__dict__.get("params", {})
+        if name in params:
+            return params[name]
+        raise AttributeError(f"a run has no {name!r}{suggest(name, params)} It has dir, place, data, inputs and the parameters "
+                             f"{', '.join(params)}")
 
     @property
     def place(self) -> str:
