@@ -18,14 +18,12 @@ from csm_nb.hub import fetch_model
 from csm_nb.manifest import CorpusError
 from csm_nb.paths import STAGES, resolve_path
 from csm_nb.provenance import hash_value
-from csm_nb.recipe import ParameterError, suggest
+from csm_nb.recipe import ParameterError, read_recipe, suggest
 from csm_nb.runs.chain import Task, plan_tasks
 from csm_nb.runs.params import check_params
 
 ANCHOR, SYNTHETIC, ADAPTER, JUDGING = STAGES[1:5]
-# What the stages call the parameters that an arm sets
-STEPS = {ANCHOR: "anchor_steps", SYNTHETIC: "synthetic_steps", ADAPTER: "adapter_steps"}
-RATES = {ANCHOR: "lr", SYNTHETIC: "lr", ADAPTER: "adapter_lr"}
+TRAINED_IN = (ANCHOR, SYNTHETIC, ADAPTER)
 CLIPS = {SYNTHETIC: "synthetic_clips", ADAPTER: "corpus_clips"}
 SET_BY_ARMS = ("language", "method", "train_text", "init_adapter", "adapters_dir", "compare", "choice")
 
@@ -112,8 +110,9 @@ def compare_costs(params: dict) -> float:
     config = CsmConfig.from_pretrained(fetch_model(params["base_model"]))
     with torch.device("meta"):
         model = CsmForConditionalGeneration(config)
-        model = add_adapter(model, params["rank"], params["alpha"], params["dropout"], params["train_mlp"])
-    depth = params["depth_ratio"] * config.num_codebooks  # positions of the depth decoder to one of the backbone
+        recipe = read_recipe(params)
+        model = add_adapter(model, recipe.rank, recipe.alpha, recipe.dropout, recipe.train_mlp)
+    depth = recipe.depth_ratio * config.num_codebooks  # positions of the depth decoder to one of the backbone
     lora = full = 0.0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "codec_model" not in name:
@@ -130,16 +129,17 @@ def plan_arm(arm: Arm, params: dict, cost: float) -> dict[str, dict]:
     `params` are those of the stages without an arm, `cost` is what compare_costs says: by so much less are the steps of full
     fine-tuning, so that all arms cost as many FLOPs. An arm of less data has all the steps.
     """
-    steps = {stage: params[stage][key] for stage, key in STEPS.items()}
+    steps = {stage: params[stage]["recipe"]["steps"] for stage in TRAINED_IN}
     if arm.without:
         left = list(steps)
         steps[left[left.index(arm.without) + 1]] += steps.pop(arm.without)
     changed, before = {}, ""
     for stage, count in steps.items():
-        own = {"method": arm.method, "train_text": arm.train_text, "choice": "last", "init_adapter": before}
-        own[STEPS[stage]] = max(1, round(count / cost)) if arm.method == "full" else count
+        recipe = {"train_text": arm.train_text, "choice": "last"}
+        recipe["steps"] = max(1, round(count / cost)) if arm.method == "full" else count
         if arm.rate != 1:
-            own[RATES[stage]] = float(f"{params[stage][RATES[stage]] * arm.rate:.3g}")
+            recipe["lr"] = float(f"{params[stage]['recipe']['lr'] * arm.rate:.3g}")
+        own = {"method": arm.method, "init_adapter": before, "recipe": recipe}
         if stage in CLIPS:
             own[CLIPS[stage]] = math.ceil(params[stage][CLIPS[stage]] / arm.share)
         changed[stage], before = own, stage
@@ -151,22 +151,26 @@ def plan_trainings(languages, profile: str = "mini", overrides: dict | None = No
 
     `seeds` are those of the trainings, by default one, the profile's; `names` are the arms, by default all. `overrides` hold
     for all arms; `sentences` is 24 without one, `seed` is that of the judging: its sentences are the same for every arm and
-    seed. Raises ParameterError, also for what the arms set themselves, and hub.ModelError.
+    seed. Raises ParameterError, also for what the arms set themselves and for a length in epochs, and hub.ModelError.
     """
     overrides = {"sentences": SENTENCES} | (overrides or {})
     for key in SET_BY_ARMS:
-        if key in overrides:
+        if key in overrides or key in overrides.get("recipe", {}):
             raise ParameterError(f"command line: {key} is set by the arms (language by --langs), not by --set")
     arms = choose_arms(names)
     trainings, shared = [], {}
     for language in dict.fromkeys(languages):
-        params = {task.stage: task.params for task in plan_tasks([language], [*STEPS, JUDGING], profile, overrides)}
+        planned = plan_tasks([language], [*TRAINED_IN, JUDGING], profile, overrides)
+        params, origins = ({task.stage: getattr(task, name) for task in planned} for name in ("params", "origins"))
+        if epochs := [stage for stage in TRAINED_IN if not params[stage]["recipe"]["steps"]]:
+            raise ParameterError(f"{', '.join(epochs)} of profile {profile} count epochs, and arms at equal compute are counted "
+                                 "in steps; give them: --set 'recipe={01_anchor: {steps: 500}, ...}' (make ablate SET=...)")
         params[ADAPTER]["corpus_clips"] = count_corpus(params[ADAPTER])
         cost = compare_costs(params[ADAPTER])
         for n, seed in enumerate(dict.fromkeys(seeds or [params[JUDGING]["seed"]])):
             for arm in arms:
                 if n == 0 or not arm.once:
-                    tasks = _plan_stages(arm, language, seed, params, plan_arm(arm, params, cost), shared)
+                    tasks = _plan_stages(arm, language, seed, params, origins, plan_arm(arm, params, cost), shared)
                     step = cost if arm.method == "full" else 1.0
                     trainings.append(Training(arm.name, language, seed, step, params, tasks))
     return trainings
@@ -181,16 +185,20 @@ def choose_arms(names=()) -> list[Arm]:
     return [arm for arm in ARMS if not names or arm.name in names]
 
 
-def _plan_stages(arm, language, seed, params, changed, shared):
+def _plan_stages(arm, language, seed, params, origins, changed, shared):
     """Return the tasks of one training; `shared` holds those of other arms by what they do and what they go on from."""
     root = Path(params[JUDGING]["runs_dir"]) / "ablate"
     places = {"runs_dir": str(root / "runs"), "adapters_dir": str(root / "models" / name_folder(arm.name) / f"seed-{seed}")}
     tasks, before, key = {}, [], ""
     for stage, own in (*changed.items(), (JUDGING, {"method": arm.method, "compare": [language]})):
         own = own if stage == JUDGING else own | {"seed": seed}
-        checked = check_params(stage, params[stage] | places | own)
+        given = params[stage] | places | own
+        given |= {"recipe": params[stage]["recipe"] | own["recipe"]} if "recipe" in own else {}
+        checked = check_params(stage, given)
         key = hash_value([key, language, stage, checked])
-        tasks[stage] = shared.setdefault(key, Task(language, stage, checked, before, arm=f"{arm.name}, seed {seed}"))
+        tasks[stage] = shared.setdefault(key, Task(
+            language, stage, checked, before, arm=f"{arm.name}, seed {seed}",
+            origins=origins[stage] | dict.fromkeys(own.get("recipe", ()), f"arm {arm.name}")))
         before = [tasks[stage]]
     return tasks
 

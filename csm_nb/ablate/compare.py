@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from csm_nb.ablate.arms import GRID, JUDGING, REFERENCE, STEPS, Training, name_rate
+from csm_nb.ablate.arms import GRID, JUDGING, REFERENCE, TRAINED_IN, Training, name_rate
 from csm_nb.judge.intervals import share_interval
 from csm_nb.paths import show_path
 from csm_nb.provenance import read_json
@@ -90,10 +90,10 @@ def describe_training(training: Training) -> dict:
 
     Compute is the FLOPs of its steps over those that LoRA takes with the profile's own steps (1 is equal).
     """
-    made = [task.folder for stage, task in training.tasks.items() if stage in STEPS]
+    made = [task.folder for stage, task in training.tasks.items() if stage in TRAINED_IN]
     metrics = [read_json(folder / "metrics.json") for folder in made]
     steps = sum(part["trained_steps"] for part in metrics)
-    planned = sum(training.params[stage][key] for stage, key in STEPS.items())
+    planned = sum(training.params[stage]["recipe"]["steps"] for stage in TRAINED_IN)
     return {
         "model": training.arm,
         "seed": training.seed,

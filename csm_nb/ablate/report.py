@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
 
-from csm_nb.ablate.arms import ADAPTER, FROZEN, FULL_LR, GRID, JUDGING, RATES, REFERENCE, SYNTHETIC, TRAINED, Training, name_rate
+from csm_nb.ablate.arms import ADAPTER, FROZEN, FULL_LR, GRID, JUDGING, REFERENCE, SYNTHETIC, TRAINED, Training, name_rate
 from csm_nb.ablate.compare import UNTRAINED, build_table
 from csm_nb.hub import describe_model
 from csm_nb.languages import get_language
@@ -140,7 +140,7 @@ Speech: 01 and 02 train with espeak-ng (synthetic); 03 with {corpus}. Judges: {p
   1/{cost:.2f} of the steps. Compute is relative to the profile's own steps with LoRA. Seconds are those of 01 to 03 with
   everything that they do besides training, and depend on how many arms ran side by side.
 - "without anchor" gives the steps of 01 to 02, "without synthetic" those of 02 to 03: more epochs over the same corpus, at
-  the learning rate of 03 ({stages[ADAPTER][RATES[ADAPTER]]:g} instead of {stages[SYNTHETIC][RATES[SYNTHETIC]]:g}). Loss is on
+  the learning rate of 03 ({stages[ADAPTER]["recipe"]["lr"]:g} instead of {stages[SYNTHETIC]["recipe"]["lr"]:g}). Loss is on
   03's held-out clips, at its end.
 - `reference` is espeak-ng itself, the judges' ceiling; `base` is the model before any training.
 
@@ -164,11 +164,11 @@ def _describe_seeds(trainings):
 
 def _describe_changes(training):
     """Say what an arm sets otherwise than the workbook would, stage by stage, and where its runs are."""
-    own = ("runs_dir", "adapters_dir", "compare", "seed", "choice", "init_adapter")  # of every arm, or told by its stages
+    own = ("runs_dir", "adapters_dir", "compare", "seed", "choice", "init_adapter", "recipe")  # of every arm, or told by stages
     parts = []
     for stage, task in training.tasks.items():
-        before = training.params[stage]
-        changed = [f"{key}={value}" for key, value in task.params.items() if key not in own and value != before[key]]
+        before, params = (found | found.get("recipe", {}) for found in (training.params[stage], task.params))
+        changed = [f"{key}={value}" for key, value in params.items() if key not in own and value != before[key]]
         run = f" (`{show_path(task.folder)}`)" if task.folder else " (no run)"
         parts.append(stage[:2] + (" with " if changed else "") + ", ".join(changed) + run)
     return "; ".join(parts)

@@ -22,7 +22,7 @@ NEXT = {
     },
     "03_adapter": {
         "learned": "ask 04_confusion who is heard: make run LANGS={language} STAGES=04_confusion",
-        "no gain": "look at the corpus and the learning rate (adapter_lr): these clips teach nothing that 02 had not taught",
+        "no gain": "look at the corpus and the learning rate (lr): these clips teach nothing that 02 had not taught",
         "unclear": "give more clips to hold out (corpus_clips), or more steps",
     },
     "04_confusion": {

@@ -47,6 +47,7 @@ class Task:
     needs: list["Task"] = field(default_factory=list)
     after: list["Task"] = field(default_factory=list)
     arm: str = ""
+    origins: dict = field(default_factory=dict)  # where the recipe's fields are from
     state: str = "waiting"
     verdict: str = ""
     note: str = ""
@@ -80,7 +81,8 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
             checked = check_params(stage, values | {"language": language}, origins)
             check_inputs(stage, checked, origins)
             _check_files(checked, origins)
-            tasks[language, stage] = Task(language, stage, checked)
+            given = {key[1]: place for key, place in origins.items() if key[0] == stage}
+            tasks[language, stage] = Task(language, stage, checked, origins=given)
     hub.check_models([task.params for task in tasks.values()])
     for (language, stage), task in tasks.items():
         source = task.params.get("init_adapter")
@@ -247,7 +249,7 @@ def _start_task(task, threads, force=False):
     own = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(own)  # this package, not one that was installed from another checkout
     task.state, task.started = "running", time.time()
-    at_work = {"runner": identify_process(), "papermill": None}
+    at_work = {"runner": identify_process(), "papermill": None, "recipe": task.origins}
     write_json(task.folder / folders.RUNNER, at_work)  # before it starts: a kill may come at any time
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(map(str, command))}\n")

@@ -6,7 +6,7 @@ import random
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import Timeout
@@ -29,7 +29,7 @@ from csm_nb.provenance import (
     read_json,
     write_json,
 )
-from csm_nb.recipe import TRAINED, ParameterError, suggest
+from csm_nb.recipe import TRAINED, ParameterError, pick_fields, suggest
 from csm_nb.runs.params import (
     FILES,
     PLACES,
@@ -56,7 +56,7 @@ class Run:
     """One run of one stage: where its parameters are read after `open_run`, as `run.corpus_clips`.
 
     `params` are the checked ones, as run.json has them; a global that a cell changed later is not what ran. `inputs` maps a
-    parameter that names files or a model to its path (or hub id) and hash.
+    parameter that names files or a model to its path (or hub id) and hash. `origins` says where the recipe's fields are from.
     """
 
     stage: str
@@ -64,12 +64,15 @@ class Run:
     dir: Path
     params: dict
     inputs: dict
+    origins: dict = field(default_factory=dict)
 
     def __getattr__(self, name):
         """Return a parameter of the run by its name. Raises AttributeError with the names there are."""
         params = self.__dict__.get("params", {})
         if name in params:
             return params[name]
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise AttributeError(f"a run has no {name!r}{suggest(name, params)} It has dir, place, data, inputs and the parameters "
                              f"{', '.join(params)}")
 
@@ -296,7 +299,14 @@ def open_run(stage: str, namespace: dict) -> Run:
     np.random.seed(params["seed"])  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(params["seed"])
     pd.set_option("display.max_colwidth", None, "display.max_rows", 300)  # a reason that is cut off is none
-    return Run(stage, params["language"], folder, params, inputs)
+    return Run(stage, params["language"], folder, params, inputs, _find_origins(stage, namespace, folder))
+
+
+def _find_origins(stage, namespace, folder):
+    """Where the recipe's fields are from that are not at their defaults: what the runner handed down, or the notebook."""
+    if str(folder) == os.environ.get(HANDED_DOWN):
+        return read_json(folder / RUNNER).get("recipe", {})
+    return dict.fromkeys(pick_fields(namespace.get("recipe", {}), stage), "this notebook")
 
 
 def note_used(run: Run, **kept) -> None:

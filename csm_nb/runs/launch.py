@@ -11,16 +11,13 @@ from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import split, tokens
 from csm_nb.csm import adapters, load
 from csm_nb.device import pick_device
-from csm_nb.paths import resolve_path, show_path
+from csm_nb.paths import TRAINING, resolve_path, show_path
 from csm_nb.provenance import read_json
 from csm_nb.recipe import TrainingError, read_recipe
 from csm_nb.runs.folders import name_worker
 from csm_nb.train import callbacks, trainer
 from csm_nb.train.place import place_training
 
-# What the parameters of a stage are called, where it is not as in Recipe.
-OWN = {"01_anchor": {"steps": "anchor_steps"}, "02_synthetic": {"steps": "synthetic_steps"},
-       "03_adapter": {"steps": "adapter_steps", "lr": "adapter_lr"}}
 HELP = """The training of a run that a notebook (01 to 03) has begun, on several GPUs:
 
 1. Start the notebook or `make run` as ever, and stop it when the training's first line is there: the tokens are made by then,
@@ -41,9 +38,9 @@ def train_run(folder) -> list[dict]:
     folder, rank = resolve_path(folder), int(os.environ.get("RANK", 0))
     record = read_json(folder / "run.json")
     params, inputs, stage = (record.get(key) for key in ("params", "inputs", "stage"))
-    if stage not in OWN:
-        raise TrainingError(f"{show_path(folder)} holds no run of {', '.join(OWN)} (found: {stage or 'no run.json'}); name a "
-                            "run's folder, such as runs/no/03_adapter/<hash>")
+    if stage not in TRAINING:
+        raise TrainingError(f"{show_path(folder)} holds no run of {', '.join(TRAINING)} (found: {stage or 'no run.json'}); name "
+                            "a run's folder, such as runs/no/03_adapter/<hash>")
     kept = record.get("used", {}).get("tokens")
     if (folder / "done.json").is_file() or not kept:
         found = "is done" if (folder / "done.json").is_file() else "names no tokens yet"
@@ -55,18 +52,18 @@ def train_run(folder) -> list[dict]:
     torch.manual_seed(params["seed"])
     base = inputs["base_model"]["path"]
     base = resolve_path(base) if resolve_path(base).exists() else base
-    model, processor = load.load_base(base, device, params["dtype"], params["four_bit"], params["backend"],
-                                     params["method"])
+    recipe = read_recipe(params)
+    model, processor = load.load_base(base, device, recipe.dtype, recipe.four_bit, recipe.backend, params["method"])
     before = inputs.get("init_adapter")
     before = resolve_path(before["path"]) if before else None
-    model = adapters.start_training(model, params["method"], before, *(params[key] for key in ("rank", "alpha", "dropout")),
-                               params["train_mlp"], params["train_text"], seed=params["seed"])
+    model = adapters.start_training(model, params["method"], before, recipe.rank, recipe.alpha, recipe.dropout,
+                                    recipe.train_mlp, recipe.train_text, seed=params["seed"])
     rows = tokens.read_tokens(resolve_path(kept[-1]), load_codec(base))
-    train_rows, valid_rows, how = split.split_rows(rows, params["max_tokens"])
-    recipe = read_recipe(params, **{field: params[name] for field, name in OWN[stage].items()})
+    train_rows, valid_rows, how = split.split_rows(rows, recipe.max_tokens)
     if rank == 0:
         print(f"{len(train_rows)} clips to train on; {how}", flush=True)
     place = place_training(model, train_rows, valid_rows, recipe, resolve_path(params["runs_dir"]).parent / "data")
+    recipe = trainer.fix_steps(recipe, train_rows, processor, model, place)
     return trainer.train_model(model, processor, train_rows, valid_rows, place, recipe, callbacks.show_progress(recipe))
 
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import sys
 
 import httpx
@@ -14,11 +15,14 @@ from huggingface_hub import is_offline_mode
 from csm_nb import hub, paths
 from csm_nb.hub import find_model, is_hub_id, list_models
 from csm_nb.paths import STAGES, show_path
-from csm_nb.recipe import ParameterError
+from csm_nb.recipe import ParameterError, read_recipe
 from csm_nb.runs import params
 
 GB = 1e9
 POSITION_FLOP, DEPTH_FLOP = 4.0e9, 14.8e9  # of training LoRA on CSM-1B: per position, per frame of the depth decoder (README)
+CLIP_POSITIONS = 100  # of a clip of 6 s and its text
+TRAININGS = (("01_anchor", "anchor_clips", 1), ("02_synthetic", "synthetic_clips", 1), ("03_adapter", "corpus_clips", 1),
+             ("05_phonemes", "phoneme_clips", 2))
 # Size in GB and licence of what the profiles name, for where the hub can not be asked: about, and to be looked up on their cards
 # before anything is published. Sizes are counted from the models' shapes, at two bytes per parameter for whisper-large-v3 and
 # four for the others. Where the hub can be asked, its own figures are shown.
@@ -104,21 +108,25 @@ def _ask_hub(name):
 def describe_work(language: str, profile: str) -> str:
     """Return what the trainings of a language will ask of a machine, in words: steps, and for CSM-1B memory, hours and price.
 
-    Hours are operations by the speed of the machine: an upper bound, as if every row were full.
+    Hours are operations by the speed of the machine. Where a recipe counts epochs, a clip is taken for one of 6 s.
     """
-    values, _ = params.load_params(params.find_params(language, profile))
-    cells = {key: cell.default for stage in reversed(STAGES) for key, cell in params.read_cell(stage).items()} | values
-    steps = cells["anchor_steps"] + cells["synthetic_steps"] + cells["adapter_steps"] + 2 * cells["phoneme_steps"]
-    positions = cells["max_tokens"] * cells["batch_size"] * cells["gradient_accumulation"]
-    said = f"01, 02, 03 and 05 train {steps:,} steps of {positions:,} positions per language."
-    if str(cells["base_model"]).split("/")[-1] == "csm-1b" and cells["method"] == "lora":
-        work = steps * positions * (POSITION_FLOP + DEPTH_FLOP * cells["depth_ratio"])
-        said += (f"\nAt CSM-1B's size that is {work / 1e15:.0f} PFLOP: {work / 5e13 / 3600:.1f} hours at 50 TFLOP/s, and as many "
+    values, origins = params.load_params(params.find_params(language, profile))
+    steps, positions, flop = 0, 0, 0.0
+    for stage, clips, times in TRAININGS:
+        found = params.check_params(stage, values | {"init_adapter": ""}, origins)
+        recipe = read_recipe(found)
+        row = recipe.max_tokens * recipe.batch_size * recipe.gradient_accumulation
+        read = times * (recipe.steps * row if recipe.steps else recipe.epochs * found[clips] * CLIP_POSITIONS)
+        steps, positions = steps + math.ceil(read / row), positions + read
+        flop += read * (POSITION_FLOP + DEPTH_FLOP * recipe.depth_ratio)
+    said = f"01, 02, 03 and 05 train about {steps:,} steps of {positions / steps:,.0f} positions per language."
+    if str(found["base_model"]).split("/")[-1] == "csm-1b" and values.get("method", "lora") == "lora":
+        said += (f"\nAt CSM-1B's size that is {flop / 1e15:.0f} PFLOP: {flop / 5e13 / 3600:.1f} hours at 50 TFLOP/s, and as many "
                  "times the price of an hour.\n"
                  "LoRA in bfloat16 took 7.6 GB at one row of 1,024 positions (bench/train.py, on a CPU).")
     return said + ("\nWhat it is on your machine, 01 to 03 measure in a few real steps before they train, and stop where the "
                    f"memory will not do:\n    make run PROFILE={profile} LANGS={language} STAGES=01_anchor "
-                   "SET='anchor_steps=1 price_per_hour=2.5'")
+                   "SET='steps=1 price_per_hour=2.5'")
 
 
 def fetch_missing(table: pd.DataFrame) -> list[str]:

@@ -5,10 +5,9 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
@@ -18,30 +17,20 @@ from csm_nb.clean import EncodingError, read_text
 from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
-from csm_nb.recipe import ParameterError, suggest
+from csm_nb.recipe import FIELDS, ParameterError, Recipe, check_value, merge_recipes, pick_fields, suggest
 from csm_nb.text.sentences import count_sentences
 
-TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes")  # where a run happens, not what it computes
-CHOICES = {
-    "method": ("lora", "full"), "schedule": ("cosine", "linear"), "dtype": ("auto", "bfloat16", "float32"),
-    "backend": ("transformers", "unsloth"), "codec_backend": ("transformers", "moshi"),
-    "f0_method": ("praat", "pyin", "torchcrepe"), "choice": ("best", "last"),
-}  # fmt: skip
-# What a number may be: brackets belong to it, parentheses do not. Numbers that stand in no row are 0 or more.
+CHOICES = {"method": ("lora", "full"), "codec_backend": ("transformers", "moshi"), "f0_method": ("praat", "pyin", "torchcrepe")}
+# What a number may be (recipe.check_value); those that stand in no row are 0 or more. A recipe's fields say it themselves.
 RANGES = {
-    "[1, inf)": "clips anchor_clips anchor_steps synthetic_clips synthetic_steps adapter_steps phoneme_clips phoneme_steps "
-                " sentences rank alpha batch_size gradient_accumulation keep_checkpoints codebooks",
+    "[1, inf)": "clips anchor_clips synthetic_clips phoneme_clips sentences codebooks",
     "[2, inf)": "corpus_clips",  # one of them is held out
-    "[64, inf)": "max_tokens",  # two or three seconds of speech with their text
-    "(0, 1]": "lr adapter_lr depth_ratio",
-    "[0, 1)": "dropout",
     "[0, 2147483648)": "seed",  # NumPy takes twice that; stages add to it
-    "[0, inf)": "patience log_every log_seconds eval_every save_every save_minutes sample_every text_weight price_per_hour "
-                "codebook_weights",
-}  # fmt: skip
+}
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 # Packages that one may have or not, by stage: with them, more is measured
 OPTIONAL = {STAGES[0]: ("pystoi", "pesq", "torchcrepe")}
@@ -106,37 +95,54 @@ def read_cell(stage: str) -> dict[str, Parameter]:
 
 
 def load_params(files=(), overrides=None) -> tuple[dict, dict]:
-    """Return (values, origins) of flat YAML files, later ones over earlier ones, and of `overrides` over all.
+    """Return (values, origins) of YAML files, later ones over earlier ones, and of `overrides` over all.
 
-    `origins` says for each key which file (or "command line") its value is from. Raises ParameterError for a file that
-    is missing or no flat YAML, and for a key that no notebook has.
+    Files are flat but for their section `recipe` (recipe.pick_fields); an override may name a field of it alone (`rank`).
+    `origins` says for each key, and each field of the recipe, which file (or "command line") its value is from. Raises
+    ParameterError for a file that is missing or no such YAML, and for a key that no notebook has.
     """
-    values, origins = {}, {}
-    for file in files:
-        path = resolve_path(file)
-        if not path.is_file():
-            others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
-            raise ParameterError(f"{show_path(path)}: no such file; in that folder there are: {others}")
-        try:
-            content = yaml.load(read_text(path), _StrictLoader) or {}
-        except EncodingError as error:
-            raise ParameterError(str(error)) from error
-        except (yaml.YAMLError, ValueError, OSError) as error:
-            raise ParameterError(f"{show_path(path)}: not readable as YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ParameterError(f"{show_path(path)}: found {content!r:.80}; allowed are lines of `key: value`")
-        values |= content
-        origins |= dict.fromkeys(content, show_path(path))
-    values |= overrides or {}
-    origins |= dict.fromkeys(overrides or {}, "command line")
-    known = {name for stage in STAGES if _notebook_path(stage).is_file() for name in read_cell(stage)}
-    for key in values:
-        if key not in known:
-            raise ParameterError(
-                f"{origins[key]}: unknown parameter {key!r} (value {values[key]!r}){suggest(key, sorted(known))} "
-                f"The notebooks' parameters are: {', '.join(sorted(known))}"
-            )
+    values, origins, known = {}, {}, _list_known()
+    overrides = dict(overrides or {})
+    layers = [_read_yaml(file) for file in files]
+    alone = {key: overrides.pop(key) for key in list(overrides) if key in FIELDS and key not in known}
+    layers.append(("command line", overrides | ({"recipe": overrides.get("recipe", {}) | alone} if alone else {})))
+    for place, content in layers:
+        for key in content:
+            if key in FIELDS and key not in known:
+                raise ParameterError(f"{place}: {key} is a field of the recipe; write it under `recipe:`")
+            if key not in known:
+                raise ParameterError(f"{place}: unknown parameter {key!r} (value {content[key]!r})"
+                                     f"{suggest(key, sorted({*known, *FIELDS}))} The notebooks' parameters are: "
+                                     f"{', '.join(sorted(known))}; and those of a recipe: {', '.join(FIELDS)}")
+        recipe = content.get("recipe", {})
+        if not isinstance(recipe, dict):
+            raise ParameterError(f"{place}: recipe is {recipe!r}; allowed are fields such as {{rank: 32}}")
+        for stage in STAGES:
+            origins |= {(stage, field): place for field in pick_fields(recipe, stage, place)}
+        values |= content | ({"recipe": merge_recipes(values.get("recipe", {}), recipe)} if recipe else {})
+        origins |= dict.fromkeys(content, place)
     return values, origins
+
+
+def _list_known():
+    return {name for stage in STAGES if _notebook_path(stage).is_file() for name in read_cell(stage)}
+
+
+def _read_yaml(file):
+    """The place of a parameters file as messages name it, and its content."""
+    path = resolve_path(file)
+    if not path.is_file():
+        others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+        raise ParameterError(f"{show_path(path)}: no such file; in that folder there are: {others}")
+    try:
+        content = yaml.load(read_text(path), _StrictLoader) or {}
+    except EncodingError as error:
+        raise ParameterError(str(error)) from error
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise ParameterError(f"{show_path(path)}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{show_path(path)}: found {content!r:.80}; allowed are lines of `key: value`")
+    return show_path(path), content
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -154,24 +160,25 @@ class _StrictLoader(yaml.SafeLoader):
 def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
     """Return the effective parameters of a stage: its cell's defaults, `values` over them, other stages' keys left out.
 
-    An int is turned into a float where a float belongs. Raises ParameterError for a value that no run could have (its type,
-    RANGES, CHOICES, an unknown language, a folder or file that is not there), naming origin, key, value and what is allowed.
+    An int is turned into a float where a float belongs; `recipe` holds every field, as this stage trains. Raises
+    ParameterError for a value that no run could have (its type, RANGES, CHOICES, an unknown language, a folder or file that is
+    not there), naming origin, key, value and what is allowed.
     """
     effective = {}
     for key, parameter in read_cell(stage).items():
         origin = (origins or {}).get(key, show_path(_notebook_path(stage)))
-        effective[key] = value = _check_type(key, values.get(key, parameter.default), parameter, origin)
+        allowed = CHOICES.get(key) or next((interval for interval, keys in RANGES.items() if key in keys.split()), "[0, inf)")
+        effective[key] = value = check_value(f"{origin}: {key}", values.get(key, parameter.default), parameter.default, allowed)
         found = f"{origin}: {key} is {value!r}"
         try:
             for code in {"language": [value], "compare": value}.get(key, []):
                 get_language(code)
         except ValueError as error:
             raise ParameterError(f"{found}: {error}") from error
-        if key in CHOICES and value not in CHOICES[key]:
-            raise ParameterError(f"{found}; allowed: {', '.join(CHOICES[key])}")
+        if key == "recipe":
+            effective[key] = _check_recipe(stage, value, origins or {}, origin)
         if key == "device" and not re.fullmatch(DEVICES, value):
             raise ParameterError(f"{found}; allowed: auto, cpu, cuda, cuda:<number>, mps")
-        _check_numbers(key, value, found)
         if key == "codebooks" and len(set(value)) < len(value):
             raise ParameterError(f"{found}; allowed is each number once")
         if key in MODELS and not _names_model(key, value, parameter):
@@ -199,51 +206,23 @@ def _names_model(key, value, parameter):
     return is_hub_id(value) or find_model(value) is not None or key == "asr_model" and value == "by-language"
 
 
-def _check_type(key, value, parameter, origin):
-    def refuse(allowed):
-        raise ParameterError(f"{origin}: {key} is {value!r} ({type(value).__name__}); allowed is {allowed}")
-
-    if parameter.type == "float" and type(value) is int:
-        return float(value)
-    if type(value) is not TYPES[parameter.type]:
-        hint = ""
-        if parameter.type == "float" and isinstance(value, str):
-            try:
-                mantissa, exponent = f"{float(value):e}".split("e")
-                hint = f"; write {float(mantissa)}e{int(exponent):+d}, with the point and the sign"
-            except ValueError:
-                pass
-        if parameter.type == "str" and not isinstance(value, list | dict):
-            hint = '; YAML reads a bare no as false and digits as a number: write them in quotes, such as "no"'
-        refuse(f"{parameter.type}, such as {parameter.default!r}{hint}")
-    if parameter.type == "list":
-        kinds = {type(item) for item in parameter.default[:1]} or {int, float}
-        if parameter.default and not value or any(type(item) not in kinds for item in value):
-            hint = '; "no" in quotes, YAML reads a bare no as false' if False in value else ""
-            refuse(f"a list of {' or '.join(sorted(kind.__name__ for kind in kinds))}, such as {parameter.default!r}{hint}")
-    return value
-
-
-def _check_numbers(key, value, found):
-    """Raise ParameterError for a number, or a number in a list, that is out of its row of RANGES."""
-    allowed = next((interval for interval, keys in RANGES.items() if key in keys.split()), "[0, inf)")
-    low, high = (float(edge) for edge in allowed[1:-1].split(","))
-    for number in value if isinstance(value, list) else [value]:
-        if type(number) in (int, float):
-            above = number >= low if allowed[0] == "[" else number > low
-            below = number <= high if allowed[-1] == "]" else number < high
-            if not (above and below and math.isfinite(number)):
-                words = f"{'from' if allowed[0] == '[' else 'above'} {low:.10g}"
-                words += f" {'to' if allowed[-1] == ']' else 'to below'} {high:.10g}" if math.isfinite(high) else " on"
-                raise ParameterError(f"{found}; allowed is {words}")
+def _check_recipe(stage, section, origins, where):
+    """All fields of the recipe of a stage, those of its section over the defaults; seed is a parameter of its own."""
+    given = pick_fields(section, stage, where)
+    for name, value in given.items():
+        check_value(f"{origins.get((stage, name), where)}: {name}", value, FIELDS[name].default, FIELDS[name].metadata["allowed"])
+    recipe = asdict(Recipe(**given))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items() if name in FIELDS}
 
 
 def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
     """Raise ParameterError where what effective parameters name can not be used here: a device that is not there, more
     codebooks than the codec has, more sentences than there are, a package that is missing: what would end a run half way."""
 
+    params = params | params.get("recipe", {})
+
     def refuse(key, message):
-        origin = (origins or {}).get(key, show_path(_notebook_path(stage)))
+        origin = (origins or {}).get((stage, key)) or (origins or {}).get(key, show_path(_notebook_path(stage)))
         raise ParameterError(f"{origin}: {key} is {params[key]!r}: {message}")
 
     wanted = {"four_bit": params.get("four_bit") is True and "bitsandbytes",

@@ -21,9 +21,9 @@ def player(wav, label: str = "", sample_rate: int = SAMPLE_RATE) -> HTML:
 
 
 def players(clips, columns: int = 2, sample_rate: int = SAMPLE_RATE) -> HTML:
-    """Return players side by side, `columns` in a row, for clips [(label, wav), ...] at their true levels."""
+    """Return players side by side, `columns` in a row where there is room, for clips [(label, wav), ...] at their true levels."""
     cells = "".join(_player_html(label, wav, sample_rate) for label, wav in clips)
-    style = f"display:grid;grid-template-columns:repeat({columns},minmax(0,1fr));gap:10px 16px"
+    style = "display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:10px 16px"  # one below 640 px
     return HTML(f'<div style="{style};max-width:{columns * 340}px">{cells}</div>')
 
 

@@ -92,7 +92,7 @@ def draw_losses(history):
 
 
 def draw_checkpoints(table):
-    """Return a figure of select.choose_checkpoint's table by step: the held-out loss, and what the judges heard if asked.
+    """Return a figure of select.select_checkpoint's table by step: the held-out loss, and what the judges heard if asked.
 
     Points are checkpoints, whiskers 95 % intervals over sentences; the dashed line is the chosen one, the dotted one what
     the loss alone would have chosen.

@@ -23,23 +23,23 @@ REDRAW = 2.0  # s; a figure drawn at every log of a fast training would be most 
 PARTS = ("loss", "backbone_loss", "depth_loss", "text_loss", "eval_loss", "grad_norm")
 
 
-def show_progress(recipe: Recipe) -> list[TrainerCallback]:
-    """Return what every training is given to say how it goes (train_model's `callbacks`): lines, figure, TensorBoard.
+def show_progress(recipe: Recipe, samples=None) -> list[TrainerCallback]:
+    """Return what every training is given to say how it goes (train_model's `callbacks`): lines, figure, TensorBoard, `samples`.
 
     The trainer imports none of it, so that an edited line of the log trains nothing anew (place.place_training).
     """
-    return [PrintProgress(plan_evaluations(recipe)), WriteTensorBoard(), LiveFigure()]
+    return [PrintProgress(plan_evaluations(recipe), samples), WriteTensorBoard(), LiveFigure(), *filter(None, [samples])]
 
 
 class PrintProgress(TrainerCallback):
     """One line every few steps with the losses, gradient norm, rates and the time that is left, that of the `evaluations`
-    (steps) to come in it."""
+    (steps) to come in it; time in which `samples` (SpeakSamples) were spoken is none of the steps'."""
 
-    def __init__(self, evaluations=()):
-        self.evaluations, self.start, self.heard, self.evaluating = evaluations, None, 0.0, 0.0
+    def __init__(self, evaluations=(), samples=None):
+        self.evaluations, self.samples, self.start, self.heard, self.evaluating = evaluations, samples, None, 0.0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = self.start or (time.monotonic(), state.global_step)
+        self.start = self.start or (time.monotonic() - self.count_spoken(), state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
@@ -50,13 +50,17 @@ class PrintProgress(TrainerCallback):
         words += [f"lr {logs['learning_rate']:.1e}"] if "learning_rate" in logs else []
         if self.start and state.global_step > self.start[1]:
             self.evaluating += logs.get("eval_runtime", 0.0)
-            seconds = time.monotonic() - self.start[0] - self.evaluating
+            seconds = time.monotonic() - self.count_spoken() - self.start[0] - self.evaluating
             words += [f"{self.heard / seconds:.1f} s of audio per second"]
             words += [f"{datetime.timedelta(seconds=round(self.count_left(state, seconds)))} left"]
         print("  ".join(words), flush=True)
 
+    def count_spoken(self) -> float:
+        """Return the seconds that the samples have taken so far."""
+        return self.samples.seconds if self.samples else 0.0
+
     def count_left(self, state, seconds: float) -> float:
-        """Seconds to the end, when the steps since the start took `seconds`: steps, and evaluations as long as those before."""
+        """Return the seconds to the end, if steps since the start took `seconds`: and evaluations like those before."""
         steps = (state.max_steps - state.global_step) * seconds / (state.global_step - self.start[1])
         took = [row["eval_runtime"] for row in state.log_history if "eval_runtime" in row]
         evaluated = max((row["step"] for row in state.log_history if "eval_runtime" in row), default=0)
@@ -89,21 +93,28 @@ class LiveFigure(TrainerCallback):
 
 
 class SpeakSamples(TrainerCallback):
-    """Every so many steps, `texts` spoken by the model as it is: players in a notebook, and out_dir/step-<n>/<i>.wav.
+    """Before the first step and every so many, `texts` spoken by the model as it is: players, and out_dir/step-<n>/<i>.wav.
 
-    `every` 0 speaks once, half way. What is drawn for it is drawn apart, so that the training is the same with it and
+    `every` 0 speaks half way, once. What is drawn for it is drawn apart, so that the training is the same with it and
     without. What fails in speaking is printed, and the training goes on.
     """
 
     def __init__(self, model, processor, texts, speaker_id: str, every: int, out_dir, seed: int = 0):
         self.model, self.processor, self.texts, self.speaker_id = model, processor, list(texts), speaker_id
-        self.every, self.out_dir, self.seed = every, Path(out_dir), seed
+        self.every, self.out_dir, self.seed, self.seconds = every, Path(out_dir), seed, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not state.global_step:
+            self.speak(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         every, step = self.every or -(-state.max_steps // 2), state.global_step
-        if not state.is_world_process_zero or step % every or step >= state.max_steps:
-            return  # what is said at the end, the notebook asks for itself
-        inner = inner_model(self.model)
+        if state.is_world_process_zero and step % every == 0 and step < state.max_steps:
+            self.speak(step)  # what is said at the end, the notebook asks for itself
+
+    def speak(self, step: int) -> None:
+        """Speak and write the samples of `step`, and show them in a notebook."""
+        inner, begun = inner_model(self.model), time.monotonic()
         use_attention(inner, training=False)
         self.model.eval()
         try:
@@ -119,6 +130,7 @@ class SpeakSamples(TrainerCallback):
         finally:
             use_attention(inner, training=True)
             self.model.train()
+            self.seconds += time.monotonic() - begun
 
 
 class WriteTensorBoard(TensorBoardCallback):

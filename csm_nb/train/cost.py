@@ -22,10 +22,11 @@ from csm_nb.processes import read_memory_left
 from csm_nb.recipe import Recipe
 from csm_nb.train.loss import compute_loss, prepare_model, restore_model
 from csm_nb.train.packing import Clips, PackedRows, collate, plan_rows, read_clips
-from csm_nb.train.trainer import plan_choices
+from csm_nb.train.trainer import fix_steps, plan_choices
 
 PLAN = {"anchor": 10, "synthetic": 100, "real": 50}  # hours of speech of a language's three trainings, as a plan
 EPOCHS = 3
+MANY_EPOCHS = 10
 EXAMINED = 2048  # rows of the plan that are looked at for the largest batch; later ones are packed in the same way
 GIB = 2**30
 # Of activations and temporary, what the allocator holds in pieces too small to use. On a CPU the real size (rows of 256 and
@@ -45,8 +46,7 @@ class CostError(RuntimeError):
         self.memory, self.suggestions = memory, suggestions
 
 
-def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float = 0.0, steps: int = 3,
-                 out_dir=".") -> dict:
+def measure_cost(model, processor, rows, recipe: Recipe, steps: int = 3, out_dir=".") -> dict:
     """What training `model` on token rows will take: checks memory, and the disk that holds `out_dir`, then makes `steps` real
     steps after one to warm up.
 
@@ -56,10 +56,11 @@ def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float =
 
     Returns seconds_per_step (the median), audio_seconds_per_step and _per_second and positions_per_second of all processes,
     memory (estimate_memory), disk (estimate_disk), peak_memory (bytes in use in these steps: the GPU's, or the process's on a
-    CPU), epochs, hours and price of the whole run (None without `price_per_hour`), and plan: the rows of tabulate_cost. For
+    CPU), epochs, hours and price of the whole run (None where the recipe has no price), and plan: the rows of tabulate_cost. For
     other corpora it takes clips packed as densely as these. Raises CostError when memory or disk is too small, before a step
     or in one.
     """
+    recipe = fix_steps(recipe, rows, processor, model, out_dir)
     rate, world = inner_model(model).codec_model.config.frame_rate, int(os.environ.get("WORLD_SIZE", 1))
     clips = read_clips(rows, processor, recipe.max_tokens, rate, inner_model(model).config.max_position_embeddings)
     disk = estimate_disk(model, recipe, out_dir)
@@ -86,7 +87,7 @@ def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float =
     def price(what, hours_of_audio):
         hours = hours_of_audio / audio * seconds
         return {"what": what, "audio": hours_of_audio, "steps": math.ceil(hours_of_audio * 3600 / audio), "hours": hours,
-                "price": hours * price_per_hour if price_per_hour else None}
+                "price": hours * recipe.price_per_hour if recipe.price_per_hour else None}
 
     run = price("this run", recipe.steps * audio / 3600) | {"steps": recipe.steps}
     table = [price(f"{name} {hours} h x {EPOCHS}", hours * EPOCHS) for name, hours in PLAN.items()]
@@ -100,11 +101,16 @@ def measure_cost(model, processor, rows, recipe: Recipe, price_per_hour: float =
 
 
 def describe_cost(cost: dict) -> str:
-    """One line on measure_cost's result: time of a step, speed, memory, and disk for the checkpoints."""
+    """Return in words what measure_cost found: time of a step, speed, memory, disk for the checkpoints, and times that each
+    clip is heard, with a warning from ten on."""
     memory, disk = cost["memory"], cost["disk"]
+    often = f"\neach clip is heard {cost['epochs']:.1f} times"
+    if cost["epochs"] >= MANY_EPOCHS:
+        often += (f": from {MANY_EPOCHS} on it is learned by heart. Give fewer steps (or epochs: {EPOCHS} in their place), or "
+                  "more clips")
     return (f"{cost['seconds_per_step']:.2g} s per step, {cost['audio_seconds_per_second']:.3g} s of audio per second; memory: "
             f"{memory['needed'] / GIB:.2g} GiB needed of {memory['free'] / GIB:.2g} GiB free; disk: {disk['checkpoints']} "
-            f"checkpoints of {disk['checkpoint'] / GIB:.2g} GiB, {disk['free'] / GIB:.3g} GiB free")
+            f"checkpoints of {disk['checkpoint'] / GIB:.2g} GiB, {disk['free'] / GIB:.3g} GiB free{often}")
 
 
 def tabulate_cost(cost: dict) -> pd.DataFrame:

@@ -22,6 +22,8 @@ RECORD = "training.json"
 # Fields of a recipe that move no weight: lines of the log, checkpoints, samples, the choice between checkpoints.
 MOVES_NOTHING = {"log_every", "log_seconds", "sample_every", "save_every", "save_minutes", "keep_checkpoints", "price_per_hour",
                  "choice"}
+# Fields that the starting weights show: an adapter that is gone on from has its own, whatever the recipe says.
+IN_WEIGHTS = {"rank", "alpha", "dropout", "train_mlp", "train_text", "four_bit", "backend", "dtype"}
 # What the trainer imports and its key holds by content, or that moves no weight: texts, codes and weights as they come out of
 # these rooms, and how files are found, written and claimed.
 GIVEN = ("text", "corpora", "codec", "hub", "paths", "claims", "provenance", "csm.save", "csm.speakers", "csm.weights")
@@ -46,7 +48,7 @@ def place_training(model, train_rows, valid_rows, recipe, data) -> Path:
 
 def describe_training(model, train_rows, valid_rows, recipe) -> dict:
     """Return all that moves the weights of a training, in words and hashes: what its folder is named by."""
-    fields = {name: value for name, value in asdict(recipe).items() if name not in MOVES_NOTHING}
+    fields = {name: value for name, value in asdict(recipe).items() if name not in MOVES_NOTHING | IN_WEIGHTS}
     if not recipe.patience:
         fields.pop("eval_every", None)  # evaluations only look; with patience they end the training
     device = next(model.parameters()).device.type

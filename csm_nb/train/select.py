@@ -113,7 +113,7 @@ def draw_texts(language: str, seed: int = 0) -> tuple[list[str], list[str]]:
     return drawn[:TEXTS], drawn[TEXTS:]
 
 
-def choose_checkpoint(model, processor, out_dir, rows, recipe, texts=(), language: str = "", lid=None, asr=None,
+def select_checkpoint(model, processor, out_dir, rows, recipe, texts=(), language: str = "", lid=None, asr=None,
                       speaker_id: str = "0", seed: int = 0, choice: str = "best") -> pd.DataFrame:
     """Put the weights of the chosen checkpoint in `out_dir` into `model`; return what each candidate did, one row each.
 
@@ -233,7 +233,7 @@ def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
 
 
 def describe_choice(table: pd.DataFrame, history: list[dict]) -> dict:
-    """Return for metrics and card, of choose_checkpoint's table: steps of the saved weights and why those, steps trained."""
+    """Return for metrics and card, of select_checkpoint's table: steps of the saved weights and why those, steps trained."""
     best = table[table.chosen].iloc[0]
     return {
         "steps": int(best.step), "chosen_because": best.why, "checkpoints": len(table),

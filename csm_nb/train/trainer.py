@@ -25,6 +25,7 @@ from csm_nb.train.loss import compute_loss, find_text_targets, prepare_model, re
 from csm_nb.train.pace import KeepPace, WriteMetrics
 from csm_nb.train.packing import PackedRows, collate, pack_epoch, plan_rows, read_clips
 
+LENGTH = "length.json"  # in a training's folder: how many steps it was begun with, on how many processes
 EXPLODED = 1.5  # times the first loss, or that of blind guessing if it is larger: no training that goes well is there
 
 
@@ -168,12 +169,16 @@ def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recip
 
 def _train(model, processor, train_rows, valid_rows, out_dir, recipe, callbacks, held):
     device, done = next(model.parameters()).device.type, list_checkpoints(out_dir)
+    recipe = fix_steps(recipe, train_rows, processor, model, out_dir)
     config, rate = inner_model(model).config, inner_model(model).codec_model.config.frame_rate
     clips, held_out = (read_clips(rows, processor, recipe.max_tokens, rate, config.max_position_embeddings)
                        for rows in (train_rows, valid_rows))
     if done and read_json(done[-1][1] / MARKER).get("stopped"):
         print(f"it stopped early at step {done[-1][0]} (patience={recipe.patience}) and stays so; delete {done[-1][1]} to go on")
         recipe = replace(recipe, steps=done[-1][0])
+    if held and not done:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / LENGTH, {"steps": recipe.steps, "processes": int(os.environ.get("WORLD_SIZE", 1))})
     arguments = build_arguments(out_dir, recipe, device)
     count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
     plan = plan_rows(clips, recipe.max_tokens, count, recipe.seed)
@@ -188,7 +193,6 @@ def _train(model, processor, train_rows, valid_rows, out_dir, recipe, callbacks,
     trainer.held = held
     trainer.remove_callback(PrinterCallback)
     if clips.set_aside and trainer.is_world_process_zero():
-        out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "set_aside.json", clips.set_aside)
         print(f"{len(clips.set_aside)} clips are too long and set aside, all in set_aside.json:", *clips.set_aside[:5],
               sep="\n  ")
@@ -201,6 +205,23 @@ def _train(model, processor, train_rows, valid_rows, out_dir, recipe, callbacks,
     finally:
         restore_model(model)
     return [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+
+
+def fix_steps(recipe: Recipe, rows, processor, model, out_dir) -> Recipe:
+    """Return `recipe` with steps in place of epochs: as many as read the clips of `rows` so often, packed.
+
+    A training that has begun in `out_dir` keeps its length, on however many processes it goes on.
+    """
+    if recipe.steps:
+        return recipe
+    if list_checkpoints(out_dir):
+        return replace(recipe, steps=read_json(Path(out_dir) / LENGTH)["steps"], epochs=0.0)
+    inner, world = inner_model(model), int(os.environ.get("WORLD_SIZE", 1))
+    clips = read_clips(rows, processor, recipe.max_tokens, inner.codec_model.config.frame_rate,
+                       inner.config.max_position_embeddings)
+    epoch = pack_epoch(clips.lengths, clips.usable, recipe.max_tokens, np.random.default_rng([recipe.seed, 0]))
+    steps = max(1, math.ceil(recipe.epochs * len(epoch) / (recipe.batch_size * recipe.gradient_accumulation * world)))
+    return replace(recipe, steps=steps, epochs=0.0)
 
 
 def plan_validation(clips, recipe: Recipe) -> list[list[int]]:

@@ -13,14 +13,15 @@ import yaml
 
 from csm_nb import audio, recipe
 from csm_nb.ablate import __main__, arms
-from csm_nb.ablate.arms import ADAPTER, ANCHOR, CLIPS, JUDGING, RATES, REFERENCE, STEPS, SYNTHETIC
+from csm_nb.ablate.arms import ADAPTER, ANCHOR, CLIPS, JUDGING, REFERENCE, SYNTHETIC, TRAINED_IN
 from csm_nb.provenance import read_json, write_json
 from csm_nb.runs import chain, folders
 
 NAMES = ["LoRA", "LoRA + text", "LoRA + text, lr x0.5", "LoRA + text, lr x2", "full", "full, lr x0.5", "full, lr x2",
          "without anchor", "without synthetic", "data 1/8", "data 1/4", "data 1/2"]
-PARAMS = {ANCHOR: {"anchor_steps": 60, "lr": 3.0e-3}, SYNTHETIC: {"synthetic_steps": 750, "lr": 3.0e-3, "synthetic_clips": 3000},
-          ADAPTER: {"adapter_steps": 100, "adapter_lr": 1.0e-3, "corpus_clips": 201}}
+PARAMS = {ANCHOR: {"recipe": {"steps": 60, "lr": 3.0e-3}},
+          SYNTHETIC: {"recipe": {"steps": 750, "lr": 3.0e-3}, "synthetic_clips": 3000},
+          ADAPTER: {"recipe": {"steps": 100, "lr": 1.0e-3}, "corpus_clips": 201}}
 # Character error rates of the held-out sentences, by arm; of the probes 0.9 throughout
 CERS = {"LoRA": [0.4, 0.5, 0.6], "LoRA + text": [0.3, 0.5, 0.4], "LoRA + text, lr x0.5": [0.1, 0.2, 0.3],
         "LoRA + text, lr x2": [0.9, 0.8, 0.9], "full": [0.3, 0.4, 0.2], "full, lr x0.5": [0.3, 0.3, 0.3],
@@ -47,8 +48,8 @@ def leave_results(folder, task):
             place.mkdir(parents=True, exist_ok=True)
             (place / recipe.TRAINED[params["method"]]).write_text(json.dumps([task.stage, params]))
     metrics = {"last_loss": LOSSES.get(task.arm, LOSSES.get(arm, 4.5)), "trained_parameters_m": 0.97, "verdict": "learned"}
-    if task.stage in STEPS:
-        metrics["trained_steps"] = params[STEPS[task.stage]]
+    if task.stage in TRAINED_IN:
+        metrics["trained_steps"] = params["recipe"]["steps"]
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "run.json", {"params": params, "inputs": inputs, "seconds": 10.0})
     write_json(folder / "done.json", {"verdict": "learned"})
@@ -95,25 +96,26 @@ def test_arms_cost_the_same_and_differ_in_one_thing():
     planned = plan(cost=1.5)
     assert list(planned) == NAMES
     for name, stages in planned.items():
-        steps = sum(changed[STEPS[stage]] for stage, changed in stages.items())
+        steps = sum(changed["recipe"]["steps"] for changed in stages.values())
         assert steps * (1.5 if name.startswith("full") else 1) == pytest.approx(910, abs=2), name
-    same = {"method": "lora", "train_text": True, "choice": "last"}
+    def change(stage, recipe=(), **values):
+        own = planned[REFERENCE][stage]
+        return own | values | {"recipe": own["recipe"] | dict(recipe)}
+
+    same = {"train_text": True, "choice": "last"}
     assert planned[REFERENCE] == {
-        ANCHOR: same | {"init_adapter": "", "anchor_steps": 60},
-        SYNTHETIC: same | {"init_adapter": ANCHOR, "synthetic_steps": 750, "synthetic_clips": 3000},
-        ADAPTER: same | {"init_adapter": SYNTHETIC, "adapter_steps": 100, "corpus_clips": 201},
+        ANCHOR: {"method": "lora", "init_adapter": "", "recipe": same | {"steps": 60}},
+        SYNTHETIC: {"method": "lora", "init_adapter": ANCHOR, "recipe": same | {"steps": 750}, "synthetic_clips": 3000},
+        ADAPTER: {"method": "lora", "init_adapter": SYNTHETIC, "recipe": same | {"steps": 100}, "corpus_clips": 201},
     }
-    assert planned["LoRA"] == {stage: own | {"train_text": False} for stage, own in planned[REFERENCE].items()}
+    assert planned["LoRA"] == {stage: change(stage, {"train_text": False}) for stage in TRAINED_IN}
     full = {ANCHOR: (40, 6.0e-4), SYNTHETIC: (500, 6.0e-4), ADAPTER: (67, 2.0e-4)}
-    assert planned["full"] == {
-        stage: planned[REFERENCE][stage] | {"method": "full", STEPS[stage]: steps, RATES[stage]: pytest.approx(rate)}
-        for stage, (steps, rate) in full.items()}
-    assert planned["without anchor"] == {
-        SYNTHETIC: planned[REFERENCE][SYNTHETIC] | {"init_adapter": "", "synthetic_steps": 810},
-        ADAPTER: planned[REFERENCE][ADAPTER]}
-    assert planned["without synthetic"] == {
-        ANCHOR: planned[REFERENCE][ANCHOR],
-        ADAPTER: planned[REFERENCE][ADAPTER] | {"init_adapter": ANCHOR, "adapter_steps": 850}}
+    assert planned["full"] == {stage: change(stage, {"steps": steps, "lr": pytest.approx(rate)}, method="full")
+                               for stage, (steps, rate) in full.items()}
+    assert planned["without anchor"] == {SYNTHETIC: change(SYNTHETIC, {"steps": 810}, init_adapter=""),
+                                         ADAPTER: planned[REFERENCE][ADAPTER]}
+    assert planned["without synthetic"] == {ANCHOR: planned[REFERENCE][ANCHOR],
+                                            ADAPTER: change(ADAPTER, {"steps": 850}, init_adapter=ANCHOR)}
 
 
 def test_full_has_the_grid_of_learning_rates_that_lora_has():
@@ -121,9 +123,10 @@ def test_full_has_the_grid_of_learning_rates_that_lora_has():
     for arm, scale in ((REFERENCE, 1.0), ("full", arms.FULL_LR)):
         for factor in (0.5, 1, 2):
             for stage, changed in planned[arms.name_rate(arm, factor)].items():
-                rate = PARAMS[stage][RATES[stage]]
-                assert changed.get(RATES[stage], rate) == pytest.approx(scale * factor * rate)
-                assert {**changed, RATES[stage]: 0} == {**planned[arm][stage], RATES[stage]: 0}
+                rate, recipe = PARAMS[stage]["recipe"]["lr"], changed["recipe"]
+                assert recipe.get("lr", rate) == pytest.approx(scale * factor * rate)
+                assert recipe | {"lr": 0} == planned[arm][stage]["recipe"] | {"lr": 0}
+                assert changed | {"recipe": 0} == planned[arm][stage] | {"recipe": 0}
 
 
 def test_arms_of_less_data_have_a_share_of_the_corpus_and_all_the_steps():
@@ -152,10 +155,12 @@ def test_shares_are_of_the_clips_that_a_corpus_has(tmp_path):
 
 
 def test_a_step_of_full_fine_tuning_costs_half_as_much_again_unless_the_adapter_is_large():
-    params = {"base_model": "models/csm-mini", "rank": 1, "alpha": 2, "dropout": 0.0, "train_mlp": False, "depth_ratio": 0.125}
-    assert arms.compare_costs(params) == pytest.approx(1.5, rel=0.01)
+    params = {"base_model": "models/csm-mini", "seed": 0}
+    small = {"rank": 1, "alpha": 2, "dropout": 0.0, "train_mlp": False, "depth_ratio": 0.125}
+    assert arms.compare_costs(params | {"recipe": small}) == pytest.approx(1.5, rel=0.01)
     # counted by hand: 2.65 M weights and 0.70 M of the adapter in the backbone, 0.42 and 0.16 in the depth decoder, heads
-    assert arms.compare_costs(params | {"rank": 32, "alpha": 64, "train_mlp": True}) == pytest.approx(1.07, abs=0.02)
+    large = small | {"rank": 32, "alpha": 64, "train_mlp": True}
+    assert arms.compare_costs(params | {"recipe": large}) == pytest.approx(1.07, abs=0.02)
 
 
 @pytest.mark.parametrize("profile", ["mini", "test"])
@@ -170,6 +175,8 @@ def test_every_task_has_what_its_arm_sets_and_the_seed_of_its_training(profile):
         for before, task in zip([None, *trained], trained, strict=False):
             assert task.needs == ([before] if before else []), training
             wanted = changed[task.stage] | {"seed": training.seed, "runs_dir": "here/ablate/runs"}
+            recipe = wanted.pop("recipe")
+            assert recipe.items() <= task.params["recipe"].items(), training
             assert {key: task.params.get(key) for key in wanted if key in task.params} == {
                 key: value for key, value in wanted.items() if key in task.params}, training
             assert wanted.keys() - task.params.keys() <= ({"init_adapter"} if task.stage == ANCHOR else set()), training
@@ -240,7 +247,7 @@ def test_a_seed_that_fails_is_said_and_the_grid_is_compared_on_the_seed_that_it_
     assert "| full (1 of 3 seeds failed)" in said and "3 trainings per arm (seeds 1, 2, 3), one at the other" in page
 
 
-ALL = {(name, stage) for name in NAMES for stage in STEPS}
+ALL = {(name, stage) for name in NAMES for stage in TRAINED_IN}
 
 
 @pytest.mark.parametrize(("failing", "failed"), [
@@ -280,7 +287,7 @@ def test_a_second_call_runs_nothing_anew_and_reports_its_own_runs(runner, tmp_pa
     assert __main__.main([*arguments, *some]) == 0 and [stage for _, stage, _ in started[6:]] == [ADAPTER, JUDGING]
     first = (tmp_path / "ablate" / "no" / "ablation.csv").read_text()
     assert __main__.main([*arguments, *some]) == 0 and len(started) == 8
-    assert __main__.main([*arguments, "synthetic_steps=300", *some]) == 0 and len(started) == 8 + 3 + 3
+    assert __main__.main([*arguments, "recipe={02_synthetic: {steps: 300}}", *some]) == 0 and len(started) == 8 + 3 + 3
     assert __main__.main([*arguments, *some]) == 0 and len(started) == 14  # the newest runs are now of other steps
     assert (tmp_path / "ablate" / "no" / "ablation.csv").read_text() == first
 
@@ -304,7 +311,9 @@ def test_an_interrupt_ends_the_call_and_the_same_call_goes_on(runner, tmp_path, 
 @pytest.mark.parametrize("arguments, message", [
     (["--set", "method=full"], "method is set by the arms"),
     (["--set", "clipz=3"], "unknown parameter 'clipz'"),
-    (["--set", "adapter_steps=many"], "adapter_steps is 'many'"),
+    (["--set", "steps=many"], "command line: steps is 'many'"),
+    (["--set", "train_text=true"], "train_text is set by the arms"),
+    (["--profile", "csm-1b"], "count epochs, and arms at equal compute are counted in steps"),
     (["--set", "base_model=models/none"], "models/none"),
     (["--arms", "LoRA", "ful"], "no arm 'ful'; did you mean full? The arms are LoRA; LoRA"),
     (["--langs", "xx"], "no language 'xx' is taught here"),

@@ -192,5 +192,5 @@ def test_everything_that_speaks_in_a_notebook_does_so_with_the_voice_that_was_tr
     calls = [(ast.unparse(node.func), [ast.unparse(argument) for argument in (*node.args, *(key.value for key in node.keywords))])
              for node in ast.walk(tree) if isinstance(node, ast.Call)]
     speaking = [given for name, given in calls if name in ("generate.speak", "callbacks.SpeakSamples", "select.judge_model")
-                or name == "select.choose_checkpoint" and "asr" in given]  # by loss alone, nobody speaks
+                or name == "select.select_checkpoint" and "asr" in given]  # by loss alone, nobody speaks
     assert len(speaking) >= 2 and all("voice" in given for given in speaking)

@@ -26,7 +26,9 @@ def make_run(folder, **changes):
     """The folder of a run of 01 as a notebook leaves it that was stopped in its training."""
     folder.mkdir(parents=True)
     params = {name: parameter.default for name, parameter in read_cell("01_anchor").items()}
-    params |= {"anchor_steps": 3, "rank": 4, "alpha": 8, "max_tokens": 128, "device": "cpu", "log_every": 1} | changes
+    given = {"steps": 3, "rank": 4, "alpha": 8, "max_tokens": 128, "log_every": 1} | changes
+    given.pop("method", None)
+    params |= {"device": "cpu", "method": changes.get("method", "lora"), "recipe": given}
     params["runs_dir"] = str(folder.parent / "runs")
     write_json(folder / "run.json", {"status": "running", "stage": "01_anchor", "language": "no", "params": params,
                                      "inputs": {"base_model": {"path": "models/csm-mini", "hash": ""}},

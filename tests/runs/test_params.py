@@ -28,6 +28,12 @@ def here(project, monkeypatch):
     return project
 
 
+def wrap(values):
+    """Return parameters with the fields of a recipe in their section."""
+    section = {key: value for key, value in values.items() if key in recipe.FIELDS}
+    return {key: value for key, value in values.items() if key not in section} | ({"recipe": section} if section else {})
+
+
 def place(stage="00_mimi_sanity", **values):
     return folders.place_run(stage, params.check_params(stage, values))[0]
 
@@ -127,7 +133,14 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
     ("01_anchor", "dropout", 1, "allowed is from 0 to below 1"),
     ("01_anchor", "rank", 0, "allowed is from 1 on"),
     ("01_anchor", "alpha", 0, "allowed is from 1 on"),
-    ("01_anchor", "anchor_steps", 0, "allowed is from 1 on"),
+    ("01_anchor", "steps", -1, "allowed is from 0 on"),
+    ("01_anchor", "epochs", -1, "allowed is from 0 on"),
+    ("01_anchor", "steps", 2.5, r"\(float\); allowed is int"),
+    ("01_anchor", "schedule", "step", "allowed: cosine, linear"),
+    ("01_anchor", "dtype", "fp8", "allowed: auto, bfloat16, float32"),
+    ("01_anchor", "backend", "jax", "allowed: transformers, unsloth"),
+    ("01_anchor", "choice", "first", "allowed: best, last"),
+    ("01_anchor", "train_mlp", 1, r"\(int\); allowed is bool"),
     ("01_anchor", "patience", -1, "allowed is from 0 on"),
     ("01_anchor", "codebook_weights", [1.0, -1], "allowed is from 0 on"),
     ("01_anchor", "codebook_weights", ["all"], "a list of float or int"),
@@ -135,8 +148,9 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
     ("04_confusion", "compare", [False, "da"], '"no" in quotes'),
 ])  # fmt: skip
 def test_a_value_out_of_its_range_is_refused_with_what_is_allowed(stage, key, value, message):
+    where = {(stage, key): "my.yaml"} if key in recipe.FIELDS else {key: "my.yaml"}
     with pytest.raises(recipe.ParameterError, match=f"my.yaml: {key} is .*{message}"):
-        params.check_params(stage, {key: value}, {key: "my.yaml"})
+        params.check_params(stage, wrap({key: value}), where)
 
 
 def test_every_number_of_every_notebook_has_its_range_stated():
@@ -168,7 +182,7 @@ def test_what_is_not_here_is_refused_before_anything_starts(monkeypatch, stage, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    checked = params.check_params(stage, values)
+    checked = params.check_params(stage, wrap(values))
     with pytest.raises(recipe.ParameterError, match=f"^notebooks/{stage}.ipynb: .*{message}"):
         params.check_inputs(stage, checked)
 
@@ -180,7 +194,7 @@ def test_a_device_is_one_of_those_that_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:1"):
-        params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": device, "four_bit": device != "cpu"}))
+        params.check_inputs("01_anchor", params.check_params("01_anchor", wrap({"device": device, "four_bit": device != "cpu"})))
     with pytest.raises(recipe.ParameterError, match="device is 'cuda:2': there are 2, from cuda:0 on; allowed are auto"):
         params.check_inputs("01_anchor", params.check_params("01_anchor", {"device": "cuda:2"}))
 
@@ -223,15 +237,15 @@ def test_a_folder_that_the_runner_handed_down_is_the_one_that_is_written_to(here
     assert folders.open_run("01_anchor", anchor).dir == place("01_anchor")  # another stage's: not meant
 
 
-@pytest.mark.parametrize("key, value", [("method", "dora"), ("schedule", "step"), ("dtype", "fp8"), ("backend", "jax")])
+@pytest.mark.parametrize("key, value", [("method", "dora")])
 def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, value):
     with pytest.raises(recipe.ParameterError, match=f"my.yaml: {key} is '{value}'; allowed: {', '.join(params.CHOICES[key])}"):
         params.check_params("01_anchor", {key: value}, {key: "my.yaml"})
 
 
 def test_the_codec_and_the_base_have_a_backend_each():
-    checked = params.check_params("00_mimi_sanity", {"codec_backend": "moshi", "backend": "unsloth"})
-    assert checked["codec_backend"] == "moshi" and "backend" not in checked
+    checked = params.check_params("00_mimi_sanity", {"codec_backend": "moshi", "recipe": {"backend": "unsloth"}})
+    assert checked["codec_backend"] == "moshi" and "recipe" not in checked
     with pytest.raises(recipe.ParameterError, match="codec_backend is 'unsloth'; allowed: transformers, moshi"):
         params.check_params("00_mimi_sanity", {"codec_backend": "unsloth"})
 
@@ -537,3 +551,65 @@ def test_every_parameter_file_fits_the_notebooks(path):
         params.check_params(stage, values, origins)
     if "language" in values:
         assert values["language"] == path.stem and path.stem in values["compare"]
+
+
+@pytest.mark.parametrize(("section", "stage", "expected"), [
+    ({"rank": 8, "03_adapter": {"lr": 1e-4}}, "03_adapter", {"rank": 8, "lr": 1e-4}),
+    ({"rank": 8, "lr": 1e-3, "03_adapter": {"lr": 1e-4}}, "02_synthetic", {"rank": 8, "lr": 1e-3}),
+    ({"epochs": 3, "03_adapter": {"steps": 10}}, "03_adapter", {"steps": 10}),
+    ({"epochs": 3, "03_adapter": {"steps": 10}}, "01_anchor", {"epochs": 3}),
+])
+def test_a_recipe_of_all_stages_gives_way_to_a_stage_s_own(section, stage, expected):
+    assert recipe.pick_fields(section, stage) == expected
+
+
+@pytest.mark.parametrize(("over", "stage", "expected"), [
+    ({"lr": 2e-3}, "03_adapter", {"lr": 2e-3, "steps": 100}),  # what is said for all stages holds in each
+    ({"epochs": 2}, "03_adapter", {"lr": 1e-4, "epochs": 2}),
+    ({"03_adapter": {"epochs": 2}}, "03_adapter", {"lr": 1e-4, "epochs": 2}),
+    ({"03_adapter": {"epochs": 2}}, "01_anchor", {"lr": 1e-3, "steps": 60}),
+    ({"steps": 5}, "01_anchor", {"lr": 1e-3, "steps": 5}),
+])
+def test_what_is_said_later_replaces_a_profile_s_field_and_its_other_length(over, stage, expected):
+    profile = {"lr": 1e-3, "01_anchor": {"steps": 60}, "03_adapter": {"lr": 1e-4, "steps": 100}}
+    merged = recipe.merge_recipes(profile, over)
+    assert recipe.pick_fields(merged, stage) == expected
+    assert recipe.merge_recipes(merged, {}) == merged
+
+
+@pytest.mark.parametrize(("section", "message"), [
+    ({"rnk": 3}, "a recipe has no field 'rnk'; did you mean rank. Its fields are steps, epochs, rank"),
+    ({"03_adapter": {"seed": 3}}, "a recipe has no field 'seed'"),
+    ({"03_adaptr": {"lr": 3}}, "a recipe has no field '03_adaptr'"),
+    ({"03_adapter": 3}, "03_adapter is 3; allowed are fields of a recipe"),
+    ({"steps": 3, "epochs": 1}, "steps is 3 and epochs 1; give one of the two"),
+])
+def test_a_recipe_of_unknown_fields_is_refused_with_those_there_are(tmp_path, section, message):
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"recipe": section}))
+    with pytest.raises(recipe.ParameterError, match=f"my.yaml: .*{message}"):
+        params.load_params([tmp_path / "my.yaml"])
+
+
+def test_one_field_is_set_from_the_command_line_and_the_rest_of_a_profile_stays():
+    values, origins = params.load_params(params.find_params("no", "mini"), {"rank": 16, "recipe": {"03_adapter": {"lr": 0.5}}})
+    checked = params.check_params("03_adapter", values, origins)["recipe"]
+    assert (checked["rank"], checked["lr"], checked["steps"], checked["alpha"]) == (16, 0.5, 100, 64)
+    assert params.check_params("02_synthetic", values, origins)["recipe"]["lr"] == 3e-3
+    where = {name: origins.get(("03_adapter", name)) for name in ("rank", "lr", "steps", "dtype")}
+    assert where == {"rank": "command line", "lr": "command line", "steps": "params/mini.yaml", "dtype": None}
+    again = params.check_params("03_adapter", {"recipe": checked})["recipe"]
+    assert again == checked  # as the runner hands it down
+
+
+def test_a_field_of_the_recipe_at_the_top_of_a_file_is_refused_with_where_it_belongs(tmp_path):
+    (tmp_path / "my.yaml").write_text("rank: 3\n")
+    with pytest.raises(recipe.ParameterError, match="my.yaml: rank is a field of the recipe; write it under `recipe:`"):
+        params.load_params([tmp_path / "my.yaml"])
+
+
+def test_a_training_without_a_length_is_three_epochs():
+    assert (recipe.Recipe().steps, recipe.Recipe().epochs, recipe.Recipe(5).epochs) == (0, 3.0, 0.0)
+
+
+def test_parameters_and_fields_of_a_recipe_have_different_names():
+    assert not recipe.FIELDS.keys() & {name for stage in paths.STAGES for name in params.read_cell(stage)}

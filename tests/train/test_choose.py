@@ -26,7 +26,6 @@ from csm_nb.train.loss import compute_loss
 from csm_nb.train.packing import batch_clips, read_clips
 from csm_nb.train.select import (
     TEXTS,
-    choose_checkpoint,
     compare_losses,
     describe_choice,
     describe_speech,
@@ -34,6 +33,7 @@ from csm_nb.train.select import (
     judge_model,
     mark_choice,
     measure_clips,
+    select_checkpoint,
     summarise_speech,
 )
 from csm_nb.train.trainer import train_model
@@ -81,15 +81,15 @@ def training(tmp_path_factory):
 
 @pytest.fixture
 def loss_only(training):
-    """Return a call of choose_checkpoint without judges, of the folder of `training`."""
+    """Return a call of select_checkpoint without judges, of the folder of `training`."""
     model, processor, folder = training
-    return lambda **options: choose_checkpoint(model, processor, folder, ROWS, RECIPE, **options)
+    return lambda **options: select_checkpoint(model, processor, folder, ROWS, RECIPE, **options)
 
 
 @pytest.fixture(scope="module")
 def table(training, judges):
     model, processor, folder = training
-    return choose_checkpoint(model, processor, folder, ROWS, RECIPE, ENGLISH, "en", *judges, VOICE)
+    return select_checkpoint(model, processor, folder, ROWS, RECIPE, ENGLISH, "en", *judges, VOICE)
 
 
 # Losses, clip by clip
@@ -248,7 +248,7 @@ def test_babble_is_not_chosen_though_its_loss_is_lower(table):
 def test_judged_again_it_is_the_same_whatever_the_model_held_before(training, judges, table):
     model, processor, folder = training
     ruin(model)
-    again = choose_checkpoint(model, processor, folder, ROWS, RECIPE, ENGLISH, "en", *judges, VOICE)
+    again = select_checkpoint(model, processor, folder, ROWS, RECIPE, ENGLISH, "en", *judges, VOICE)
     pd.testing.assert_frame_equal(again, table)
     best = load_file(folder / "checkpoint-20/adapter_model.safetensors")
     held = {re.sub(r"\.(default|modules_to_save)\b", "", name): value for name, value in trained_weights(model).items()}
@@ -280,7 +280,7 @@ def test_of_fully_trained_models_the_best_is_loaded_with_its_tables_tied(tmp_pat
     ruin(model, "q_proj")
     ruin(model, "embed_audio_tokens")
     write_checkpoint(model, tmp_path / "checkpoint-2")
-    table = choose_checkpoint(model, processor, tmp_path, ROWS, RECIPE, choice="last")
+    table = select_checkpoint(model, processor, tmp_path, ROWS, RECIPE, choice="last")
     assert table.step[table.chosen].item() == 3
     tables = model.backbone_model.embed_tokens.embed_audio_tokens, model.depth_decoder.model.embed_tokens
     assert tables[0].weight.data_ptr() == tables[1].weight.data_ptr()
@@ -299,7 +299,7 @@ def test_broken_checkpoints_are_left_out_and_named(training, tmp_path, capsys):
         next(iter(trained_weights(model).values())).fill_(float("nan"))
     save_weights(model, tmp_path / "checkpoint-30")
     (tmp_path / "checkpoint-40/adapter_model.safetensors").unlink()
-    table = choose_checkpoint(model, processor, tmp_path, ROWS, RECIPE)
+    table = select_checkpoint(model, processor, tmp_path, ROWS, RECIPE)
     printed = capsys.readouterr().out
     assert table.step.tolist() == [10] and table.chosen.all() and table["by loss"].all()
     assert all(torch.equal(value, kept[name]) for name, value in trained_weights(model).items())
@@ -308,7 +308,7 @@ def test_broken_checkpoints_are_left_out_and_named(training, tmp_path, capsys):
     for name in ("adapter_model.safetensors", "complete.json"):
         (tmp_path / "checkpoint-10" / name).unlink()
     with pytest.raises(TrainingError, match="no checkpoint can be used.*checkpoint-20"):
-        choose_checkpoint(model, processor, tmp_path, ROWS, RECIPE)
+        select_checkpoint(model, processor, tmp_path, ROWS, RECIPE)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -324,7 +324,7 @@ def test_what_can_not_choose_is_refused(loss_only, options, message):
 def test_without_a_checkpoint_it_says_what_to_do(training, tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(TrainingError, match="no complete checkpoint.*train again"):
-        choose_checkpoint(*training[:2], tmp_path, ROWS, RECIPE)
+        select_checkpoint(*training[:2], tmp_path, ROWS, RECIPE)
 
 
 def test_what_a_training_leaves_can_be_chosen_from(tmp_path):
@@ -334,7 +334,7 @@ def test_what_a_training_leaves_can_be_chosen_from(tmp_path):
     before = measure_clips(model, processor, ROWS, recipe)
     assert before == pytest.approx(measure_clips(model, processor, ROWS, recipe), abs=1e-6)
     history = train_model(model, processor, ROWS, ROWS, tmp_path, recipe)
-    table = choose_checkpoint(model, processor, tmp_path, ROWS, recipe)
+    table = select_checkpoint(model, processor, tmp_path, ROWS, recipe)
     assert table.step.tolist() == [step for step, _ in list_checkpoints(tmp_path)][1:] == [3, 4]
     logged = {row["step"]: row["eval_loss"] for row in history if "eval_loss" in row}
     assert table["held-out loss"].tolist() == pytest.approx([logged[3], logged[4]], rel=0.01)  # over clips, and over frames

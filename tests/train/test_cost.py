@@ -21,7 +21,7 @@ from csm_nb.train.cost import (
     tabulate_cost,
 )
 from csm_nb.train.packing import PackedRows, collate, read_clips
-from csm_nb.train.trainer import train_model
+from csm_nb.train.trainer import fix_steps, train_model
 
 RECIPE = Recipe(6, lr=5e-3, max_tokens=256, depth_ratio=0.25)
 
@@ -181,7 +181,7 @@ def test_a_gradient_that_is_no_number_spoils_no_weight():
 
 def test_steps_hours_and_price_of_the_plan_follow_from_one_step():
     model, processor = make_model()
-    measured = measure_cost(model, processor, make_rows(), replace(RECIPE, steps=100, batch_size=2), 2.5, steps=1)
+    measured = measure_cost(model, processor, make_rows(), replace(RECIPE, steps=100, batch_size=2, price_per_hour=2.5), steps=1)
     run, *table, total = measured["plan"]
     assert run["hours"] == pytest.approx(100 * measured["seconds_per_step"] / 3600) and run["steps"] == 100
     assert run["price"] == pytest.approx(2.5 * measured["hours"]) and measured["price"] == run["price"]
@@ -197,7 +197,7 @@ def test_steps_hours_and_price_of_the_plan_follow_from_one_step():
 
 def test_the_table_and_its_line_show_what_was_measured():
     model, processor = make_model()
-    measured = measure_cost(model, processor, make_rows(), RECIPE, 2.0, steps=1)
+    measured = measure_cost(model, processor, make_rows(), replace(RECIPE, price_per_hour=2.0), steps=1)
     table = tabulate_cost(measured)
     assert list(table.columns) == ["audio (h)", "steps", "hours", "price"]
     assert list(table.index) == ["this run", "anchor 10 h x 3", "synthetic 100 h x 3", "real 50 h x 3", "all three"]
@@ -241,3 +241,23 @@ def test_checkpoints_that_the_disk_can_not_hold_are_refused_before_a_step(monkey
     monkeypatch.setattr(cost.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e6}))
     with pytest.raises(CostError, match="checkpoints do not fit the disk.*method=lora.*runs_dir"):
         measure_cost(model, processor, make_rows(), RECIPE, steps=1, out_dir=tmp_path)
+
+
+def test_a_recipe_of_epochs_gets_the_steps_that_read_the_clips_so_often_and_keeps_them(tmp_path):
+    model, processor = make_model()
+    recipe = Recipe(epochs=2.0, max_tokens=256, depth_ratio=0.25)
+    fixed = fix_steps(recipe, make_rows(), processor, model, tmp_path)
+    assert fixed.steps > 1 and fixed.epochs == 0 and fix_steps(fixed, [], processor, model, tmp_path) == fixed
+    assert measure_cost(model, processor, make_rows(), recipe, steps=1, out_dir=tmp_path)["epochs"] == pytest.approx(2, rel=0.2)
+    halves = [fix_steps(replace(recipe, **change), make_rows(), processor, model, tmp_path / str(change)).steps
+              for change in ({"batch_size": 2}, {"gradient_accumulation": 2}, {"epochs": 1.0})]
+    assert halves == [-(-fixed.steps // 2)] * 3
+    train_model(model, processor, make_rows(), make_rows(2), tmp_path, replace(fixed, steps=3))
+    assert fix_steps(recipe, make_rows(), processor, model, tmp_path).steps == 3  # what it was begun with
+
+
+def test_a_clip_that_is_heard_ten_times_is_warned_of():
+    model, processor = make_model()
+    few, many = (describe_cost(measure_cost(model, processor, make_rows(), replace(RECIPE, steps=steps), steps=1))
+                 for steps in (1, 400))
+    assert "learned by heart" not in few and "heard" in few and "learned by heart" in many

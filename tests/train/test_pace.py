@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from csm_nb.csm.adapters import add_adapter
 from csm_nb.csm.load import load_base
 from csm_nb.provenance import read_json
-from csm_nb.recipe import Recipe, TrainingError, read_recipe
+from csm_nb.recipe import ParameterError, Recipe
 from csm_nb.train import callbacks, pace
 from csm_nb.train.checkpoints import list_checkpoints
 from csm_nb.train.trainer import plan_choices, plan_evaluations, train_model
@@ -120,8 +120,8 @@ def test_the_lines_of_a_training_say_what_is_left(tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "value"), [("log_seconds", -1.0), ("save_minutes", float("nan"))])
 def test_a_time_that_no_training_can_keep_is_refused(name, value):
-    with pytest.raises(TrainingError, match=f"{name} is .*allowed is 0"):
-        read_recipe({name: value}, steps=1)
+    with pytest.raises(ParameterError, match=f"{name} is .*allowed is from 0"):
+        Recipe(1, **{name: value})
 
 
 def test_a_training_that_stopped_early_stays_stopped(tmp_path, capsys):

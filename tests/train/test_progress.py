@@ -32,8 +32,8 @@ def train(folder, recipe=RECIPE, every=None, texts=("Nei.", "Ja.")):
     model, processor = load_base("models/csm-mini", "cpu")
     torch.manual_seed(0)
     model = add_adapter(model, 4, 8, 0.1)
-    watch = [] if every is None else [callbacks.SpeakSamples(model, processor, texts, "0", every, folder / "samples")]
-    watch = [*callbacks.show_progress(recipe), *watch]
+    samples = None if every is None else callbacks.SpeakSamples(model, processor, texts, "0", every, folder / "samples")
+    watch = callbacks.show_progress(recipe, samples)
     return train_model(model, processor, make_rows(), make_rows()[:1], folder / "training", recipe, watch)
 
 
@@ -53,13 +53,13 @@ def test_a_training_that_speaks_on_the_way_has_the_losses_of_one_that_does_not(w
 
 def test_samples_are_kept_by_step_but_for_the_last(watched):
     folder = watched[0] / "samples"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-0", "step-1", "step-2", "step-3"]
     assert all(len(read_audio(folder / "step-2" / f"{i}.wav")) for i in range(2))
 
 
-def test_without_a_number_of_steps_it_speaks_once_half_way(tmp_path):
+def test_without_a_number_of_steps_it_speaks_before_the_first_and_half_way(tmp_path):
     train(tmp_path, every=0)
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-2"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0", "step-2"]
 
 
 def test_samples_that_fail_are_named_and_the_training_goes_on(watched, tmp_path, monkeypatch, capsys):
@@ -112,4 +112,4 @@ def test_an_executed_notebook_holds_the_last_figure_once_and_the_players(tmp_pat
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     shown = [output.data for cell in cells for output in cell.get("outputs", []) if "data" in output]
     assert sum("image/jpeg" in data for data in shown) == 1
-    assert sum("<audio" in str(data.get("text/html")) for data in shown) == 1
+    assert sum("<audio" in str(data.get("text/html")) for data in shown) == 2  # before the first step, and of the second

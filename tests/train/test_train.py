@@ -350,7 +350,7 @@ def test_a_training_that_explodes_or_dies_stops_and_names_the_last_good_checkpoi
     codes = encode(load_codec("models/csm-mini"), [speak_text(text, "en", VOICES[0]) for text in texts])
     rows = [{"text": t, "speaker_id": VOICES[0].speaker_id, "codes": c} for t, c in zip(texts, codes, strict=True)]
     with pytest.raises(TrainingError, match=r"step \d+.*checkpoint-\d"):
-        train_model(model, processor, rows, rows, tmp_path, Recipe(40, lr=1000.0, save_every=1))
+        train_model(model, processor, rows, rows, tmp_path, Recipe(40, lr=1.0, save_every=1))
     assert list_checkpoints(tmp_path)
 
 
@@ -482,8 +482,8 @@ def test_held_out_rows_count_once_however_many_processes_there_are(one_and_two_p
 
 
 def test_a_recipe_takes_what_concerns_it_from_a_runs_parameters():
-    recipe = read_recipe({"lr": 1e-3, "rank": 8, "max_tokens": 99}, steps=7)
-    assert (recipe.steps, recipe.lr, recipe.max_tokens) == (7, 1e-3, 99)
+    recipe = read_recipe({"recipe": {"steps": 7, "lr": 1e-3, "max_tokens": 99}, "seed": 5, "clips": 3})
+    assert (recipe.steps, recipe.lr, recipe.max_tokens, recipe.seed) == (7, 1e-3, 99, 5)
 
 
 def test_no_clips_is_an_error_that_says_so(base):
