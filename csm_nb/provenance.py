@@ -27,7 +27,10 @@ def hash_value(value) -> str:
 
 
 def hash_file(path: Path, digits: int = 12) -> str:
-    """Return a hash of a file's bytes in so many hex digits; a file of unchanged size and times is read once per process."""
+    """Return the first `digits` hex digits of the SHA-256 of a file's bytes.
+
+    A file whose size and times did not change is read once per process.
+    """
     return _hash_content(path, *_read_times(path))[:digits]
 
 
@@ -44,7 +47,10 @@ def _hash_content(path, *times):
 
 
 def hash_folder(folder: Path) -> str:
-    """Return a hash of a model's or adapter's folder by names and contents; its card and hidden files do not count."""
+    """Return a hash of a model's or adapter's folder, by the names and contents of its files.
+
+    Its card (any .md) and hidden files do not count.
+    """
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".md"]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     return hash_value([(p.relative_to(folder).as_posix(), hash_file(p)) for p in files])
@@ -53,7 +59,7 @@ def hash_folder(folder: Path) -> str:
 def hash_recordings(path: Path) -> str:
     """Return a hash of a folder of audio (names and bytes) or of a manifest (its bytes, and those of its clips).
 
-    So a file that was changed under its name and at its size counts (hash_files).
+    So a file whose bytes were changed counts, even if it kept its name and size (hash_files).
     """
     if path.is_dir():
         files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
@@ -72,10 +78,11 @@ def hash_recordings(path: Path) -> str:
 
 
 def hash_files(files) -> list[str | None]:
-    """Return a hash of each file's bytes, 24 hex digits, as clips are many; None for one that is not there or can not be read.
+    """Return a hash of each file's bytes; None for one that is not there or can not be read.
 
-    What takes over a second to read is remembered in data/hashes.json with its size and times, and read again when they
-    change: the hash of a run and the tokens of its corpus ask for the same clips.
+    A hash has 24 hex digits, as clips are many. Where the reading takes over a second, the hashes are kept in
+    data/hashes.json, with size and times of each file, and a file is read again when those change. The hash of a run and
+    the tokens of its corpus ask for the same clips.
     """
     memory, began, hashes = paths.ROOT / "data" / "hashes.json", time.time(), []
     try:
@@ -101,11 +108,12 @@ def hash_files(files) -> list[str | None]:
 
 
 def hash_code(source: str, package: Path, given=(), unasked=()) -> str:
-    """Return a hash of `source`, the modules of `package` that it imports, transitively, and the data files of their rooms.
+    """Return a hash of `source`, of the modules of `package` that it imports, transitively, and of their rooms' data files.
 
-    Docstrings, comments and layout do not count, nor `%` and `!` lines of a notebook. `given` names rooms and modules that
-    are not followed, as what they make is hashed by its content elsewhere; `unasked` data files by their stem, such as the
-    sentences of languages that are not asked for.
+    Docstrings, comments and layout do not count, nor do the `%` and `!` lines of a notebook. `given` names rooms and modules
+    that are not followed, as what they make is hashed by its content elsewhere. `unasked` names data files by their stem
+    that do not count, such as the sentences of languages that are not asked for. Raises SyntaxError for a source that does
+    not parse.
     """
     lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
     trees = {"": ast.parse("\n".join(lines))}
@@ -139,13 +147,13 @@ def _strip_docstrings(tree):
 
 
 def _find_module(package, name):
-    """The file of the module `name` ("judge.intervals") or of a room's own docstring ("judge"), None if it is neither."""
+    """Return the file of a module ("judge.intervals") or of a room's own docstring ("judge"), None for any other name."""
     place = package.joinpath(*name.split("."))
     return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
 
 
 def _find_imports(tree, package, place):
-    """The modules below `package` that a module imports, each by its dotted name, rooms of the package among them."""
+    """Return the dotted names of the modules below `package` that a module imports, and of their rooms."""
     found = set()
     here = [package.name, *place.split(".")[:-1]]
     for node in ast.walk(tree):
@@ -161,7 +169,10 @@ def _find_imports(tree, package, place):
 
 
 def describe_commit(root: Path) -> dict:
-    """Return {"commit", "dirty"} of a git checkout; None for both where there is no git or no commit."""
+    """Return {"commit", "dirty"} of a git checkout: the hash of HEAD, and whether files differ from it.
+
+    Both are None where there is no git or no commit.
+    """
     def ask(*words):
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -183,7 +194,10 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_host() -> dict:
-    """Return what a run's seconds depend on: the processor, the cores there are to use, and the GPU (None without)."""
+    """Return what a run's seconds depend on: {"system", "cpu", "cores", "gpu"}.
+
+    `cores` is how many there are to use; `gpu` is None where there is none.
+    """
     import torch
 
     model = platform.processor() or platform.machine()
@@ -195,15 +209,16 @@ def describe_host() -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """Return the content of a JSON file, {} if there is none."""
+    """Return the content of a JSON file, {} if there is no file. Raises ValueError for one that is not JSON."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @contextlib.contextmanager
 def replace_file(path: Path):
-    """Yield a path beside `path` to write to, which takes its place at the end: a reader finds the old file or the new one.
+    """Yield a path beside `path` to write to, which takes its place at the end.
 
-    Where the writing fails, the old file stays as it was and what was written goes.
+    So a reader finds the old file or the new one, never a part. Where the writing fails, the old file stays as it was and
+    the part is removed.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -214,7 +229,7 @@ def replace_file(path: Path):
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON by replace_file, NumPy values as plain ones and NaN as null."""
+    """Write JSON by replace_file: NumPy values as plain ones, paths as text, NaN and infinities as null."""
     text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replace_file(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ UNTRAINED = ("reference", "base")  # espeak-ng and the model before any training
 
 
 def compare_arms(rows: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
-    """Return CER, share heard right and runaways by model over held-out sentences, and the difference in CER to `reference`.
+    """Return CER, LID accuracy and runaways by model over held-out sentences, and the difference in CER to `reference`.
 
     `rows` are what 04 judged, with the column seed, that of the training; a model that was not trained has one. CER counts
     as 1 at most. The difference is paired by seed and sentence. Intervals are 95 %, over seeds and sentences

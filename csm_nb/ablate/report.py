@@ -15,7 +15,7 @@ from csm_nb.show.style import COLOURS, GREY, INK, make_figure, set_labels
 
 
 def draw_ablation(table: pd.DataFrame, title: str = ""):
-    """Return a figure of the arms: CER and share heard right, whiskers the 95 % interval over seeds and sentences.
+    """Return a figure of the arms: CER and LID accuracy, whiskers the 95 % interval over seeds and sentences.
 
     `table` is what build_table returns. The dashed line is the arm that the others are compared with; models without a
     training of this call (base, reference) are grey; an arm without results says that it failed.
@@ -125,12 +125,12 @@ Speech: 01 and 02 train with espeak-ng (synthetic); 03 with {corpus}. Judges: {p
 
 {format_table(table)}
 
-![Character error rate and share heard right, by arm](ablation.png)
+![Character error rate and LID accuracy, by arm](ablation.png)
 
 - **{_describe_seeds(trainings)}**
 - Every stage keeps its last checkpoint: one that is chosen would compare the draws of the choice with each other.
-- CER (of a clip, at most 100 %), heard right and runaways are over held-out sentences only, without the probes. "Against
-  {REFERENCE}" is paired by seed and sentence, + is worse.
+- CER (of a clip, at most 100 %), heard right (LID accuracy) and runaways are over held-out sentences only, without probes.
+  "Against {REFERENCE}" is paired by seed and sentence, + is worse.
 - **Learning rates**: {REFERENCE} and full have {", ".join(f"{factor:g}" for factor in sorted(GRID))} times the rates of their own
   (full {FULL_LR:g} of LoRA's), the grid with one seed; "best rate" has the lowest held-out loss of that seed, and the
   two are compared over the seeds that both have. {describe_rates(table)}

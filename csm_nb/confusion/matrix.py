@@ -30,10 +30,10 @@ def judge_speech(rows: pd.DataFrame, lid, asr: dict) -> pd.DataFrame:
 
 
 def share_right(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, by model, language read and kind of sentence: share heard as that language, CER, runaways, n.
+    """Return a table with one row per model, language read and kind of sentence: LID accuracy, CER, runaways, sentences.
 
-    The share has Wilson's 95 % interval, the mean CER a bootstrap one, both over sentences; a sentence's CER counts as 1
-    at most (errors.average_cer). The column `on` says which sentences: probes, or held-out ones.
+    LID accuracy (heard right) has Wilson's 95 % interval, the mean CER a bootstrap one, both over sentences. A sentence's
+    CER counts as 1 at most (errors.average_cer). The column `on` says which sentences: probes, or held-out ones.
     """
     kinds = rows.get("on", pd.Series(HELD_OUT, index=rows.index))
     made_up = rows.get("hallucinated", pd.Series(False, index=rows.index))
@@ -50,7 +50,7 @@ def share_right(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _is_own(rows):
-    """Which rows are of an adapter, or a fully trained model, that reads its own language."""
+    """Return which rows are of an adapter, or a fully trained model, that reads its own language."""
     return np.logical_or.reduce([rows.model == f"{method}_" + rows.language for method in TRAINED])
 
 
@@ -62,16 +62,16 @@ def list_confusions(reference: pd.DataFrame, spoken: pd.DataFrame, languages) ->
 
 
 def count_heard(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) -> pd.DataFrame:
-    """Return counts of what was heard in the held-out sentences of `language`: a row per model, reference and base first."""
+    """Return counts of what was heard in the held-out sentences of `language`: one row per model, reference and base first."""
     rows = pd.concat([reference, spoken])
     rows = rows[(rows.language == language) & (rows.on == HELD_OUT)]
     return pd.crosstab(rows.model, rows.heard).reindex(list(dict.fromkeys(rows.model))).rename_axis("read by")
 
 
 def pair_with_reference(rows: pd.DataFrame, reference: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
-    """Clips to compare by eye and ear, two a row: the reference audio of its sentence, then what the model said.
+    """Return clips [(label, wav), ...] to compare, two per row: the reference audio of its sentence, then what the model said.
 
-    (label, wav) each; the label says what the ASR wrote and how far that is from the text.
+    The label says what the ASR wrote and how far that is from the text.
     """
     originals = reference.drop_duplicates(["language", "text"]).set_index(["language", "text"])
     clips = []

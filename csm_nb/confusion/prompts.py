@@ -20,9 +20,10 @@ PROBES, HELD_OUT = "probes", "held-out"  # the kinds of sentences; nothing was c
 
 
 def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[str]]:
-    """({language: folder}, languages without one) among `folder`/lora_<language>, or full_<language> by method "full".
+    """Return ({language: folder}, languages without one) of the adapters in `folder`.
 
-    Raises AdapterError for one that says of itself that it is of another language.
+    They are looked for as lora_<language>, or by method "full" as full_<language>. Raises AdapterError for one whose
+    base.json names another language or can not be read.
     """
     paths = {code: resolve_path(folder) / f"{method}_{code}" for code in languages}
     found = {code: path for code, path in paths.items() if (path / TRAINED[method]).exists()}
@@ -39,14 +40,15 @@ def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[s
 
 
 def list_languages(language: str, compare) -> list[str]:
-    """Return the languages that are told apart: those of `compare` once each, in its order, and `language` in any case."""
+    """Return the languages that are told apart: those of `compare`, each once and in its order, and always `language`."""
     return list(dict.fromkeys([*compare, *([] if language in compare else [language])]))
 
 
 def list_sentences(languages, count: int, seed: int = 0) -> pd.DataFrame:
-    """Return the probes and `count` held-out sentences of each language, once each.
+    """Return the probes and `count` held-out sentences of each language, one row per sentence.
 
-    Columns: language, text, probe (bool), on ("probes" or "held-out").
+    Held-out sentences are of the split "test", on which nothing is chosen. Columns: language, text, probe (bool), on
+    ("probes" or "held-out").
     """
     languages = list(dict.fromkeys(languages))
     rows = [(code, text, True) for code in languages for text in get_language(code).probes]
@@ -58,8 +60,8 @@ def list_sentences(languages, count: int, seed: int = 0) -> pd.DataFrame:
 def list_prompts(language: str, compare, count: int, seed: int = 0) -> pd.DataFrame:
     """Return what is read in 04: `count` held-out sentences of `language` and of English, and the probes of all languages.
 
-    As list_sentences, with the column `cross`: whether adapters of other languages read it as well. They read the probes
-    of the languages that are compared; English beside those is for the base alone, whose language it is.
+    One row per sentence, as list_sentences, with the column `cross`: whether adapters of other languages read it as well.
+    They read the probes of the languages that are compared. Other English is for the base alone, whose language it is.
     """
     compared = list_languages(language, compare)
     prompts = list_sentences([*compared, HOME], count, seed)
@@ -68,18 +70,22 @@ def list_prompts(language: str, compare, count: int, seed: int = 0) -> pd.DataFr
 
 
 def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
-    """The prompts spoken by espeak-ng (synthetic): the ceiling of the judges. Adds model, wav, ended."""
+    """Return the prompts spoken by espeak-ng (synthetic), with the columns model, wav and ended added.
+
+    What the judges get right of these is their ceiling.
+    """
     wavs = [speak_text(row.text, row.language, VOICES[0]) for row in prompts.itertuples()]
     return prompts.assign(model="reference", wav=wavs, ended=True)
 
 
 def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """What the base and each adapter read: one row per model and prompt, with model, speaker, wav, ended added.
+    """Return what the base and each adapter read: one row per model and prompt, with model, speaker, wav, ended added.
 
-    `adapters` maps a language to its folder, whose name the rows have; each speaks with a voice of its own corpus. All are
-    on one base under their names, one active at a time, and `model` is afterwards what it was before; fully trained models
-    are loaded one after the other. The base reads every prompt, an adapter those of its own language and, of others, those
-    whose column `cross` is true (without that column, all). Raises AdapterError for an adapter that can not be put on.
+    `adapters` maps a language to its folder, whose name is in the column model. Each speaks with a voice of its own corpus.
+    The base reads every prompt. An adapter reads those of its own language and, of others, those whose column `cross` is
+    true (without that column, all). Adapters are put on one base, one active at a time, and taken off at the end: `model`
+    is then what it was before. Fully trained models are loaded one after the other. Raises AdapterError for an adapter that
+    can not be put on.
     """
     parts, worn = [_read_aloud("base", model, processor, prompts, seed)], None
     try:

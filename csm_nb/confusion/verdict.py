@@ -13,10 +13,10 @@ from csm_nb.recipe import TRAINED
 def judge_verdict(reference: pd.DataFrame, spoken: pd.DataFrame, language: str) -> tuple[str, dict]:
     """Return ("clear" | "bleeds into xx" | "unclear: why", metrics) for the adapter of `language` reading its own sentences.
 
-    Only held-out sentences count. By intervals.decide_share: clear from 90 % heard right with a lower bound of 80 % or more,
-    bleeds when the upper bound is below 90 %, else unclear with how many sentences would decide; unclear as well when the
-    judge itself is not clear on the reference audio by the same rule. What it bleeds into is the language heard most
-    instead, all of them where several were heard equally often.
+    Only held-out sentences count. By intervals.decide_share: clear from an LID accuracy of 90 % with a lower bound of 80 % or
+    more, bleeds when the upper bound is below 90 %, else unclear with how many sentences would decide. It is unclear as well
+    when the judge itself is not clear on the reference audio by the same rule. What it bleeds into is the language heard
+    most instead, all of them where several were heard equally often.
     """
     reference, spoken = (rows.drop_duplicates(["model", "language", "text"]) if "text" in rows else rows
                          for rows in (reference, spoken))

@@ -1,4 +1,4 @@
-"""Which clips are held out: neither their sentences nor their speakers are trained on, where that costs little; it says which."""
+"""Which clips are held out. Neither their sentences nor their speakers are trained on, where that costs few clips."""
 
 import re
 import unicodedata
@@ -13,14 +13,14 @@ from csm_nb.recipe import TrainingError
 from csm_nb.text.sentences import VALIDATION_CLIPS, split_of
 
 FEWEST_SPEAKERS = 10  # with fewer, holding one out would cost more of the voices than it tells
-MOST_LOST = 0.1  # of the clips: left out of both sides
+MOST_LOST = 0.1  # share of the clips that may be left out of both sides
 RANKS = {"validation": 0, "train": 1, "test": 2}  # in this order a sentence is held out; 04 judges by those of "test"
 AVOIDED = RANKS["test"]  # from this rank on it is held out only where there is nothing else
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the clips on both sides, out of `count`, and what was held out, in words."""
+    """Two sides of a corpus of `count` clips: their indices, and what was held out, in words."""
 
     train: np.ndarray
     held: np.ndarray
@@ -29,9 +29,11 @@ class Split:
 
     @property
     def lost(self) -> int:
+        """Return how many clips are on neither side."""
         return self.count - len(self.train) - len(self.held)
 
     def is_good(self, fewest: float = 1) -> bool:
+        """Return whether there are clips to train on, `fewest` and more are held out, and at most a tenth is lost."""
         return len(self.train) > 0 and len(self.held) >= max(1, fewest) and self.lost <= MOST_LOST * self.count
 
     def __str__(self):
@@ -40,18 +42,19 @@ class Split:
 
 
 def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
-    """Return (train, held out, how it was split), each side the Dataset or list that `rows` is; the same for the same rows.
+    """Return (train, held out, how it was split); each side is a Dataset or list as `rows` is, the same for the same rows.
 
-    Held out is one clip in ten, at least 1 and at most 128, by the first of these rules that leaves out of both sides at most
-    a tenth of the clips:
+    One clip in ten is held out, at least 1 and at most 128. The first of these rules is used that leaves at most a tenth
+    of the clips out of both sides:
 
-    - from 10 speakers on, speakers with their sentences: as few speakers as that takes, at most one in ten of them. What
-      others say of the held-out sentences is left out, and what is too much of those speakers.
-    - sentences, whoever says them, or speakers, whatever they say: what keeps more clips.
+    - With 10 speakers and more, speakers are held out with their sentences: as few speakers as that takes, at most one in
+      ten. Clips of other speakers with a held-out sentence are left out; so are the clips of held-out speakers that are
+      not needed.
+    - Sentences are held out, whoever says them, or speakers, whatever they say: whichever keeps more clips.
 
-    Two spellings of the same words are one sentence. The split "validation" (sentences.split_of) is held out first and "test"
-    only where there is nothing else, as 04 judges by it; so are clips that no row of `max_tokens` holds. Raises TrainingError
-    when no rule will do, with what the best would cost.
+    Two spellings of the same words are one sentence. The split "validation" (sentences.split_of) is held out first. "test",
+    by which 04 judges, is held out only where there is nothing else; so are clips that no row of `max_tokens` holds. Raises
+    TrainingError when no rule will do; it says what the best one would cost.
     """
     speakers, texts = read_column(rows, "speaker_id"), read_column(rows, "text")
     voice, voices = pd.factorize(np.array(speakers, object), sort=True)
@@ -93,7 +96,7 @@ def _words(text):
 
 
 def _hold_out(group, rank, wanted, lot, noun, why):
-    """Whole groups of clips held out (all of a sentence, or of a speaker), `wanted` clips at most, or else the smallest group."""
+    """Hold out whole groups of clips (a sentence or a speaker each): at most `wanted` clips, or else the smallest group."""
     sizes, best, chosen, left = np.bincount(group), np.full(len(lot), AVOIDED), [], wanted
     np.minimum.at(best, group, rank)
     for number in np.lexsort((lot, best)):
@@ -112,7 +115,7 @@ def _hold_out(group, rank, wanted, lot, noun, why):
 
 
 def _hold_out_both(sentence, voice, rank, wanted, lots):
-    """Speakers and what is said in their held-out clips; the sentences that others say least come first."""
+    """Hold out speakers with the sentences of their held-out clips; the sentences that others say least come first."""
     sizes, worth = np.bincount(voice), np.bincount(voice, rank < AVOIDED).astype(int)  # worth: clips that can be looked at
     chosen, left = np.zeros(len(sizes), bool), wanted
     while left > 0 and chosen.sum() < len(sizes) // 10:

@@ -12,7 +12,7 @@ from csm_nb.judge.judges import find_hallucinations, identify_languages, transcr
 from csm_nb.text.normalise import character_error_rates, normalise_text
 
 MEASURES = ("cer_percent", "right_language", "stoi", "pesq")
-LABELS = {"cer_percent": "CER (%)", "right_language": "language heard right (share)", "stoi": "STOI", "pesq": "PESQ-WB"}
+LABELS = {"cer_percent": "CER (%)", "right_language": "LID accuracy (share)", "stoi": "STOI", "pesq": "PESQ-WB"}
 PACKAGES = {"stoi": "pystoi", "pesq": "pesq"}
 SHORTEST = 0.6  # s; STOI needs 30 frames that are not silent, PESQ a quarter of a second
 QUALITY_RATE = 16_000  # Hz; PESQ's wide band, and STOI looks no higher than 5 kHz
@@ -50,7 +50,7 @@ def measure_sounds(clips, asr, lid, language: str, conditions) -> pd.DataFrame:
 
 
 def tabulate_errors(heard: pd.DataFrame) -> pd.DataFrame:
-    """Return how measure_sounds' recogniser erred, a row per condition: mean CER with its 95 % interval, median, shares.
+    """Return how measure_sounds' recogniser erred, one row per condition: mean CER with its 95 % interval, median, shares.
 
     Over the clips with a text, whose number is in the shares; hallucinations are looked for in every clip.
     """

@@ -106,7 +106,7 @@ def weigh_traits(coded: dict[str, list], notes: dict | None = None) -> tuple[lis
 
 
 def tabulate_evidence(evidence: list[Evidence]) -> pd.DataFrame:
-    """Return the figures of each set of clips as one reads them: a row per condition, a column per measure."""
+    """Return the figures of each set of clips as one reads them: one row per condition, one column per measure."""
     tables = {part.name: tabulate(part.summary) for part in evidence if part.summary.measured.sum()}
     return pd.concat(tables, names=["clips of"]).fillna("") if tables else pd.DataFrame()
 

@@ -90,7 +90,7 @@ def summarise(measures: pd.DataFrame, names=MEASURES, statistic: str = "median")
 
 
 def tabulate(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return a summary as one reads it: a row per condition, a column per measure, "figure (low to high)".
+    """Return a summary as one reads it: one row per condition, one column per measure, "figure (low to high)".
 
     Column `measured` is the number of clips behind the figures of a row; a figure over fewer says so itself.
     """
@@ -116,7 +116,7 @@ def format_figure(figure: float, low: float, high: float) -> str:
 
 
 def check_controls(evidence) -> pd.DataFrame:
-    """Return a row per set of clips and control: what it should do, what it does, and so whether it behaves.
+    """Return one row per set of clips and control: what it should do, what it does, and so whether it behaves.
 
     A check that fails an unchanged clip or passes a flattened melody measures something else: then there is no verdict. A
     criterion that a control has no measured clip of says nothing of it, and a set without any measured clip has no row.

@@ -32,7 +32,7 @@ JUDGES = {  # what it is, the hub's name of its task, what is measured
     "asr": ("speech recogniser (characters, CTC)", "automatic-speech-recognition",
             "Character error rate (mean over clips, case and punctuation removed)"),
     "lid": ("language judge", "audio-classification",
-            "Share of clips of 2 to 4 s whose language is told right. Where the voice reads a text of another language, "
+            "LID accuracy on clips of 2 to 4 s. Where the voice reads a text of another language, "
             "right is the language of the voice: the sounds decide, not the words"),
 }
 
@@ -44,7 +44,7 @@ def speak_held_out(code: str, voices, clips: int, seed: int = 1, read_by: str | 
 
 
 def evaluate_judges(asr, lid, clips: int = 30, seconds=(2.0, 4.0), seed: int = 1, codec=None) -> dict:
-    """Return {"asr": {group: {language: mean CER}}, "lid": {group: {language: share told right}}} on held-out sentences.
+    """Return {"asr": {group: {language: mean CER}}, "lid": {group: {language: LID accuracy}}} on held-out sentences.
 
     Group "seen" are the voices of the miniature models, "unheard" two formant variants that no training clip had,
     "read_by_others" sentences of one language in the voice of another, where right means the voice's. Languages are
@@ -146,7 +146,7 @@ def tabulate(figures: dict) -> str:
         ("the same after the codec", spread(decoded["asr"]["unheard"]) + " %", "<= 10 %"),
         ("F0 correlation through the codec, median (95 % interval)", figures["codec"]["f0_correlation"], ">= .95"),
         ("F0 error through the codec, cents", figures["codec"]["f0_rmse_cents"], "<= 60"),
-        ("language ID right, unheard voices, 2 to 4 s: mean (range)", share(original["lid"]["unheard"]), ">= 98 %"),
+        ("LID accuracy, unheard voices, 2 to 4 s: mean (range)", share(original["lid"]["unheard"]), ">= 98 %"),
         ("the same after the codec", share(decoded["lid"]["unheard"]), ">= 95 %"),
         ("base, English, held-out sentences: CER", f"{100 * base['cer']:.1f} %", "<= 15 %"),
         ("base, English: runaways", f"{100 * base['runaways']:.1f} %", "<= 2 %"),
@@ -170,7 +170,7 @@ def _tabulate_run(run):
     endless = sum(figures["runaways"] for figures in run["adapters"].values())
     return [
         ("adapters of the default `make run`, held-out sentences: CER", spread("cer"), "<= 20 %"),
-        ("their language heard right (95 % interval)", right, ">= 90 % each, from 80 % on"),
+        ("their LID accuracy (95 % interval)", right, ">= 90 % each, from 80 % on"),
         ("their runaways", f"{endless} of {said} sentences", "<= 2 %"),
         ("default `make run`, after set-up", f"{run['minutes']:.1f} minutes", "<= 12 minutes"),
     ]

@@ -14,7 +14,7 @@ LOSS = "backbone + depth loss (nats)"  # the sum of two means: over frames, and 
 
 
 def draw_sweep(evidence):
-    """Return a figure, a panel per criterion: figures with 95 % intervals at each number of codebooks, then the controls.
+    """Return a figure with one panel per criterion: figures with 95 % intervals at each number of codebooks, then the controls.
 
     `evidence` is a list of verdict.Evidence; of those behind the first, only what was measured has panels. The shaded side
     of the dashed line passes; where no line is drawn, nothing could be measured.
@@ -117,7 +117,7 @@ def draw_checkpoints(table):
 
 
 def draw_heard(table, ax, shift: float) -> None:
-    """Draw CER, share heard right and runaways by step; the first two `shift` steps apart, or equal whiskers hide each other."""
+    """Draw CER, LID accuracy and runaways by step; the first two `shift` steps apart, or equal whiskers hide each other."""
     for side, colour, (name, low, high) in ((1, COLOURS[1], ("CER", "CER low", "CER high")),
                                             (-1, COLOURS[0], ("heard right", "low", "high"))):
         figures = table[[name, low, high]].set_axis(["figure", "low", "high"], axis=1)
@@ -157,7 +157,7 @@ def draw_confusions(matrices):
 
 
 def draw_error_rates(rows):
-    """Return a bar chart of the mean CER by model, a panel per language, whiskers the 95 % bootstrap interval over clips.
+    """Return a bar chart of the mean CER by model, one panel per language, whiskers the 95 % bootstrap interval over clips.
 
     `rows` has the columns model, language and cer (1 is 100 %, and a clip counts as no more); bars are in the order in
     which the models come.

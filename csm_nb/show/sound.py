@@ -93,7 +93,7 @@ def draw_f0_pair(clip, condition: str, ax) -> None:
 
 
 def draw_contours(clips, condition: str, columns: int = 3):
-    """Return a figure of the F0 of coded clips (clips.CodedClip), a panel each: original and `condition`."""
+    """Return a figure of the F0 of coded clips (clips.CodedClip), one panel per clip: original and `condition`."""
     columns = min(columns, len(clips))
     rows = -(-len(clips) // columns)
     figure, axes = make_figure(rows, columns, max(5, 3.8 * columns), 2.1 * rows + 0.5, sharey=True)

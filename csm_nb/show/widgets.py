@@ -20,7 +20,7 @@ def show_clip(row: dict, codec, codebooks: int) -> None:
 
 
 def show_examples(coded: dict, table, condition: str) -> None:
-    """Show one word a trait (of traits.code_traits, picked by weigh_traits' table), before and after: figure, players."""
+    """Show one word per trait (of traits.code_traits, picked by weigh_traits' table), before and after: figure, players."""
     for name, clip in traits.pick_examples(coded, table).items():
         display(sound.draw_clip(clip, condition, f"{name}: {clip.title}"))
         display(players.players([("original", clip.original), (condition, clip.versions[condition])]))

@@ -1,4 +1,4 @@
-"""The loss of packed rows, its scale right by construction, and the model made ready for it."""
+"""The loss of packed rows, which does not depend on the size of a batch, and the model made ready for it."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -10,10 +10,10 @@ from csm_nb.train.packing import IGNORED
 
 
 def build_inputs(model, batch: dict) -> dict:
-    """What the model's forward takes: inputs_embeds, position_ids and labels (rows, positions, codebooks).
+    """Return what the model's forward takes: inputs_embeds, position_ids and labels (rows, positions, codebooks).
 
-    Labels are -100 on text, padding and, in codebooks 1 and up, on frames that the depth decoder does not learn from.
-    Audio is not encoded here: codes were stored before.
+    `batch` is from packing.collate. Labels are -100 on text and padding and, in codebooks 1 and up, on frames that the depth
+    decoder does not learn from. No audio is encoded here, as codes were stored before.
     """
     frames = model.backbone_model.embed_tokens(batch["codes"][batch["is_frame"]][None])[0]
     embeds = model.embed_text_tokens(batch["input_ids"]).to(frames.dtype)
@@ -24,12 +24,14 @@ def build_inputs(model, batch: dict) -> dict:
 
 
 def compute_loss(model, batch: dict, codebook_weights=(), text_weight: float = 0.0):
-    """The model's output with .loss = mean over backbone frames + mean over depth-decoder codes.
+    """Return the model's output with .loss = mean over backbone frames + mean over depth-decoder codes, in nats.
 
-    Both are means over what they label, so neither depends on the batch's size. Passing the Trainer's
+    Both are means over what they label, so that neither depends on the batch's size. Passing the Trainer's
     num_items_in_batch to the model instead makes the depth loss codebooks - 1 times too large (31 on CSM-1B).
-    `codebook_weights` weigh codebook 0 (the backbone's) and the others; `text_weight` adds the loss on the next text
-    token, with the text table as the head, and leaves its mean in .text_loss.
+
+    `codebook_weights` weigh codebook 0 (the backbone's) and the others, relative to their mean. `text_weight` adds the loss
+    on the next text token, with the text table as the head; its mean is in .text_loss. Raises TrainingError for weights that
+    are not one per codebook, are negative or all 0.
     """
     inner = inner_model(getattr(model, "module", model))
     inputs = build_inputs(inner, batch)
@@ -54,14 +56,19 @@ def compute_loss(model, batch: dict, codebook_weights=(), text_weight: float = 0
 
 
 def find_text_targets(batch: dict) -> torch.Tensor:
-    """Which positions, from the second on, are text tokens that another text token of their clip comes before."""
+    """Return which positions, from the second on, hold a text token that follows another one of the same clip.
+
+    The shape is (rows, positions - 1), bool: what the loss on text is over.
+    """
     is_text = ~batch["is_frame"][:, :-1] & ~batch["is_frame"][:, 1:] & (batch["position_ids"].diff() == 1)
     return is_text & (batch["input_ids"][:, 1:] != 0)  # not the padding
 
 
 def prepare_model(model, recipe: Recipe):
-    """Makes `model` ready to be trained: what is trained in float32, attention that does not mix packed clips, gradient
-    checkpointing on the backbone if asked for (the depth decoder writes into its input, which that does not survive).
+    """Make `model` ready to be trained and return it.
+
+    What is trained becomes float32, and attention does not mix packed clips. The recipe's gradient_checkpointing is for the
+    backbone alone, as the depth decoder writes into its input. Raises TrainingError where nothing is trainable.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -76,7 +83,7 @@ def prepare_model(model, recipe: Recipe):
 
 
 def restore_model(model) -> None:
-    """Undoes what prepare_model changed for the training alone, and goes back to eval mode."""
+    """Undo what prepare_model changed for the training alone, and go back to eval mode. Weights stay float32."""
     inner = inner_model(model)
     use_attention(inner, training=False)
     if inner.backbone_model.is_gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""Batches from stored codes: clips packed into rows, every row of a training known before its first step."""
+"""Batches from stored codes: clips are packed into rows, and every row of a training is known before its first step."""
 
 import heapq
 from dataclasses import dataclass, field
@@ -13,15 +13,16 @@ from csm_nb.csm.load import encode_text
 from csm_nb.recipe import TrainingError
 
 IGNORED = -100
-GROUP = 64  # rows packed together: so many clips that all rows come out alike (of 16, one is a fifth emptier), still shuffled
+GROUP = 64  # rows packed together: enough clips to fill all rows alike (with 16 rows, one is a fifth emptier), still shuffled
 
 
 @dataclass
 class Clips:
-    """Token rows with their texts encoded. The codes stay where they are, in a memory-mapped table, until a row needs them.
+    """Token rows with their texts encoded. Their codes stay in a memory-mapped table until a row needs them.
 
-    `lengths` (positions: text, frames and the end-of-speech frame) and `seconds` go by the index in `rows`; `usable` are
-    the indices to train on, `set_aside` the rows that are too long for a packed row or the model, with the `reason`.
+    `input_ids`, `lengths` (positions: text, frames and the end-of-speech frame) and `seconds` go by the index in `rows`.
+    `usable` holds the indices to train on. `set_aside` holds the rows that are too long for a packed row or for the model,
+    with the `reason`.
     """
 
     rows: object
@@ -33,10 +34,11 @@ class Clips:
 
 
 def read_clips(rows, processor, max_tokens: int, frame_rate: float, context: int | None = None) -> Clips:
-    """`rows` (text, codes, speaker_id; a list or a Dataset) made ready to be packed into rows of `max_tokens` positions.
+    """Return `rows` (text, codes, speaker_id; a list or a Dataset) ready to be packed into rows of `max_tokens` positions.
 
-    `context` is the positions that the model knows (its max_position_embeddings): a packed row may be longer, as each of its
-    clips begins anew, a clip may not. Raises TrainingError when there is no clip, or none that fits.
+    `frame_rate` is the codec's, in Hz. `context` is how many positions the model knows (its max_position_embeddings). A
+    packed row may be longer than that, as positions begin anew in each clip; a clip may not. Raises TrainingError when
+    there is no clip, or none that fits.
     """
     if len(rows) == 0:
         raise TrainingError("there is no clip to train on; look at the clips that were set aside above")
@@ -56,10 +58,11 @@ def read_clips(rows, processor, max_tokens: int, frame_rate: float, context: int
 
 
 def pack_epoch(lengths: np.ndarray, indices: np.ndarray, max_tokens: int, rng: np.random.Generator) -> list[list[int]]:
-    """One pass over `indices` in a new order, packed: each row a list of indices whose lengths sum to at most `max_tokens`.
+    """Return one pass over `indices` in a new order, packed into rows.
 
-    Shuffled clips are parted into equal groups of about 64 rows' worth, and each group is dealt out evenly (`fill_evenly`),
-    so that a step on one row gives no frame much more weight than a step on another; then the rows are shuffled.
+    Each row is a list of indices whose lengths sum to at most `max_tokens`. The clips are shuffled and parted into equal
+    groups, each enough for about 64 rows. Each group is dealt out evenly (fill_evenly), so that a step on one row gives its
+    frames about the same weight as a step on another. Then the rows are shuffled.
     """
     shuffled = rng.permutation(indices)
     ends = np.cumsum(lengths[shuffled])
@@ -70,9 +73,10 @@ def pack_epoch(lengths: np.ndarray, indices: np.ndarray, max_tokens: int, rng: n
 
 
 def fill_evenly(lengths: np.ndarray, indices: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """`indices` in as few rows as hold them when each clip, the longest first, goes to the emptiest row.
+    """Return `indices` in as few rows as hold them when each clip, the longest first, goes to the emptiest row.
 
-    So the fullest and the emptiest row differ by one clip's length at most.
+    So the fullest and the emptiest row differ by at most the length of one clip. This is longest-processing-time scheduling
+    (Graham 1969, Bounds on multiprocessing timing anomalies) with a limit of `max_tokens` per row.
     """
     ordered = indices[np.argsort(-lengths[indices], kind="stable")]
     sizes = lengths[ordered].tolist()
@@ -91,7 +95,10 @@ def fill_evenly(lengths: np.ndarray, indices: np.ndarray, max_tokens: int) -> li
 
 
 def plan_rows(clips: Clips, max_tokens: int, count: int, seed: int) -> list[list[int]]:
-    """The `count` rows of a whole training, epoch after epoch, each shuffled and packed anew; the same for the same seed."""
+    """Return the `count` rows of a whole training; the same for the same seed.
+
+    Epoch follows epoch, each shuffled and packed anew.
+    """
     plan, epoch = [], 0
     while len(plan) < count:
         plan += pack_epoch(clips.lengths, clips.usable, max_tokens, np.random.default_rng([seed, epoch]))
@@ -100,8 +107,11 @@ def plan_rows(clips: Clips, max_tokens: int, count: int, seed: int) -> list[list
 
 
 class PackedRows(Dataset):
-    """The rows of a plan as tensors. Row i is the same whenever and wherever it is asked for: its draw of depth frames
-    comes from `seed` and i alone, so a resumed training, two processes and one see the same data."""
+    """The rows of a plan as tensors (pack_row), each with its number as `row`.
+
+    Row i is the same whenever and wherever it is asked for, as its draw of depth frames comes from `seed` and i alone. So a
+    resumed training sees the same data as one that was never stopped, and two processes the same as one.
+    """
 
     def __init__(self, clips: Clips, plan: list[list[int]], depth_ratio: float, seed: int):
         self.clips, self.plan, self.depth_ratio, self.seed = clips, plan, depth_ratio, seed
@@ -114,18 +124,23 @@ class PackedRows(Dataset):
         return pack_row(self.clips, self.plan[index], self.depth_ratio, generator) | {"row": torch.tensor(index)}
 
     def describe(self, index: int) -> str:
-        """The clips of a row, for an error message: number, speaker and text of each."""
+        """Return the clips of a row for an error message: number, speaker and text of each."""
         rows = self.clips.rows
         return "; ".join(f"clip {i} [{rows[i]['speaker_id']}] {rows[i]['text']!r}" for i in self.plan[index])
 
 
 def pack_row(clips: Clips, indices, depth_ratio: float, generator: torch.Generator | None = None) -> dict:
-    """Clips one after the other in one row of positions, each of them its text, its frames and the end-of-speech frame.
+    """Return clips one after the other in one row: of each its text, its frames and the end-of-speech frame.
 
-    Returns input_ids (positions; 0 at frames), codes (positions, codebooks; 0 at text), is_frame, position_ids (from 0 in
-    each clip: what keeps the clips from seeing each other), labels (codebook 0 at frames, else -100) and depth_frames:
-    exactly the nearest number to `depth_ratio` of the frames, at least one, drawn evenly from all of them, so that the
-    mean over them is in expectation the mean over all.
+    All entries have one value per position:
+
+    - input_ids: the text's tokens; 0 at frames.
+    - codes (positions, codebooks): the frames, with zeros as end of speech; 0 at text.
+    - is_frame (bool).
+    - position_ids: begins at 0 in each clip, which keeps the clips from seeing each other.
+    - labels: codebook 0 at frames, else -100.
+    - depth_frames (bool): the frames that the depth decoder learns from. They are `depth_ratio` of the frames, rounded and
+      at least one, drawn evenly from all, so that the mean over them is in expectation the mean over all.
     """
     input_ids, codes, positions, is_frame = [], [], [], []
     for index in indices:
@@ -148,7 +163,10 @@ def pack_row(clips: Clips, indices, depth_ratio: float, generator: torch.Generat
 
 
 def collate(rows: list[dict]) -> dict:
-    """Rows (pack_row) as one batch, padded on the right; the padding of a row is a sequence of its own without labels."""
+    """Return rows (pack_row) as one batch, padded on the right.
+
+    The padding of a row is a sequence of its own, without labels.
+    """
     batch = {key: pad_sequence([row[key] for row in rows], batch_first=True, padding_value=IGNORED if key == "labels" else 0)
              for key in ("input_ids", "codes", "is_frame", "depth_frames", "labels")}
     length = batch["labels"].shape[1]
@@ -165,5 +183,5 @@ def collate(rows: list[dict]) -> dict:
 
 
 def batch_clips(clips: Clips, indices, depth_ratio: float = 1.0, generator: torch.Generator | None = None) -> dict:
-    """A batch of one clip a row: what a loss is computed on outside of a training."""
+    """Return a batch with one clip per row: what a loss is computed on outside of a training."""
     return collate([pack_row(clips, [index], depth_ratio, generator) for index in indices])

@@ -1,4 +1,4 @@
-"""Which checkpoint is saved, whether its training taught anything, and how well it speaks: figures of the saved weights only."""
+"""Which checkpoint is saved, whether its training taught anything, and how well it speaks. All figures are of saved weights."""
 
 import numpy as np
 import pandas as pd
@@ -19,24 +19,24 @@ from csm_nb.train.loss import compute_loss
 from csm_nb.train.packing import IGNORED, collate, pack_row, read_clips
 
 CHOICES = ("best", "last")
-TEXTS = 32  # a score of 32 texts differs by .08 (standard deviation) from seed to seed, true differences are .01 to .05
-FEWEST_CLIPS = 8  # held-out clips; a bootstrap over fewer is too narrow to be believed
+TEXTS = 32  # over so many texts a score has a standard deviation of .08 over seeds; checkpoints differ by .01 to .05
+FEWEST_CLIPS = 8  # held-out clips; a bootstrap interval over fewer is too narrow
 LEAST_FALL = 0.01  # nats; a fall that two decimals do not show is none, however sure
 JUDGED = ("CER", "CER low", "CER high", "heard right", "low", "high", "runaways", "score")
 
 
 @torch.no_grad()
 def measure_clips(model, processor, rows, recipe) -> np.ndarray:
-    """Return the loss of each held-out clip, shape (clips,), nats: backbone + depth decoder, weighed by codebook as trained.
+    """Return the loss of each held-out clip in nats, shape (clips,): backbone + depth decoder, weighed by codebook as trained.
 
-    `rows` are the held-out token rows of train.split_rows, of which at most 128 are taken, as the training's own
-    evaluations do. Clips, their order and the frames that the depth decoder is asked for follow from the recipe's seed, so
-    that losses of two models are paired clip by clip. Their mean is over clips; the log's is over frames. Weights, modes
-    and random numbers are left as they were. Raises TrainingError when there is no clip.
+    `rows` are the held-out token rows of split.split_rows. At most 128 are taken, as in the training's own evaluations.
+    Clips, their order and the frames drawn for the depth decoder follow from the recipe's seed, so that the losses of two
+    models are paired clip by clip. Their mean is over clips; that in the log is over frames. Weights, modes and random
+    numbers are left as they were. Raises TrainingError when there is no clip.
     """
     clips = read_clips(rows, processor, recipe.max_tokens, inner_model(model).codec_model.config.frame_rate)
     chosen = np.random.default_rng(recipe.seed).permutation(clips.usable)[:VALIDATION_CLIPS]
-    chosen = chosen[np.argsort(clips.lengths[chosen], kind="stable")]  # clips of like length together: little padding
+    chosen = chosen[np.argsort(clips.lengths[chosen], kind="stable")]  # clips of similar length together: little padding
     groups = np.cumsum(clips.lengths[chosen]) // recipe.max_tokens  # as many at once as a row of the training holds
     losses, training = [], model.training
     model.eval()  # no dropout
@@ -53,15 +53,17 @@ def measure_clips(model, processor, rows, recipe) -> np.ndarray:
 
 
 def draw_clip(clips, index: int, recipe) -> dict:
-    """Return a clip alone in a row (packing.pack_row), with two frames and more for the depth decoder, the same every time."""
+    """Return a clip alone in a row (packing.pack_row), with at least two frames for the depth decoder, the same every time."""
     generator = torch.Generator().manual_seed(int(np.random.default_rng([recipe.seed, index]).integers(2**62)))
     frames = clips.lengths[index] - len(clips.input_ids[index])
-    return pack_row(clips, [index], max(recipe.depth_ratio, 2 / frames), generator)  # collate may take one away
+    return pack_row(clips, [index], max(recipe.depth_ratio, 2 / frames), generator)  # two, as collate may drop one
 
 
 def split_loss(output, batch: dict, codebook_weights=()) -> torch.Tensor:
-    """Return the loss of each row of `batch`, shape (rows,), of the model's output for all of them: loss.compute_loss' own
-    when there is one row."""
+    """Return the loss of each row of `batch` in nats, shape (rows,), from the model's output for all of them.
+
+    For a batch of one row it is what loss.compute_loss gives.
+    """
     weights = torch.tensor(codebook_weights or [1.0] * batch["codes"].shape[-1], dtype=torch.float32, device=output.logits.device)
     weights = weights / weights.mean()
     backbone = cross_entropy(output.logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none")
@@ -73,18 +75,18 @@ def split_loss(output, batch: dict, codebook_weights=()) -> torch.Tensor:
 
 
 def compare_losses(before, after) -> dict:
-    """Return what a stage learned: the losses of the same held-out clips (measure_clips) before it and by the saved weights.
+    """Return what a stage learned, from the losses of the same held-out clips (measure_clips) before it and after it.
 
-    Keys: verdict, because (a sentence), first_loss, last_loss, loss_fall with its 95 % interval over clips, held_out_clips.
-    "learned" when the whole interval is a fall of .01 nats and more, "no gain" when none of it is; else "unclear", and with
-    fewer than 8 clips.
-    Raises ValueError when the two are not of the same clips.
+    `after` is of the saved weights. Keys: verdict, because (a sentence), first_loss, last_loss, loss_fall with its 95 %
+    bootstrap interval over clips (loss_fall_low, loss_fall_high), held_out_clips; losses in nats. The verdict is "learned"
+    when the whole interval is a fall of at least .01 nats, and "no gain" when none of it is. Otherwise, and with fewer than
+    8 clips, it is "unclear". Raises ValueError when the two are not of the same clips.
     """
     before, after = np.asarray(before, float), np.asarray(after, float)
     if before.shape != after.shape:
         raise ValueError(f"{len(before)} clips before and {len(after)} after; measure both on the same held-out clips")
     falls = before - after
-    low, high = bootstrap_interval(falls) if np.isfinite(falls).all() else (np.nan, np.nan)  # which is never learned
+    low, high = bootstrap_interval(falls) if np.isfinite(falls).all() else (np.nan, np.nan)  # NaN is never "learned"
     first, last, fall, count = before.mean(), after.mean(), falls.mean(), len(falls)
     words = f"the loss on {count} held-out clip{'s' * (count != 1)} went from {first:.2f} to {last:.2f} nats"
     if count < FEWEST_CLIPS:
@@ -107,7 +109,7 @@ def compare_losses(before, after) -> dict:
 def draw_texts(language: str, seed: int = 0) -> tuple[list[str], list[str]]:
     """Return two lists of 32 validation sentences of `language`: one to choose a checkpoint by, one to report it by.
 
-    No sentence is in both, none is a probe or a sentence that 04 reads.
+    No sentence is in both, and none is a probe or one that 04 reads.
     """
     drawn = make_sentences(language, 2 * TEXTS, seed, "validation")
     return drawn[:TEXTS], drawn[TEXTS:]
@@ -115,18 +117,18 @@ def draw_texts(language: str, seed: int = 0) -> tuple[list[str], list[str]]:
 
 def select_checkpoint(model, processor, out_dir, rows, recipe, texts=(), language: str = "", lid=None, asr=None,
                       speaker_id: str = "0", seed: int = 0, choice: str = "best") -> pd.DataFrame:
-    """Put the weights of the chosen checkpoint in `out_dir` into `model`; return what each candidate did, one row each.
+    """Put the weights of the chosen checkpoint in `out_dir` into `model`; return a table with one row per candidate.
 
     `model` is as train_model leaves it. Candidates are the complete checkpoints of the last third of the steps. The one
-    with the lowest loss on held-out clips (measure_clips of `rows`) is taken. Where there are `texts` (32 and more) and
-    judges, another takes its place only if its score is better beyond the 95 % interval over texts: of six trainings, each
-    judged by four seeds, the lowest score alone took the worst checkpoint five times in 24 (CER .281), this rule never
-    (.266). With `choice` "last" the newest one is taken, for comparing trainings instead of checkpoints.
+    with the lowest loss on held-out clips (measure_clips of `rows`) is chosen. Where there are `texts` (at least 32) and
+    judges, another replaces it only if its score is better beyond the 95 % interval over texts. A score alone would often
+    choose a worse one: it differs more from seed to seed than from checkpoint to checkpoint (TEXTS). With `choice` "last"
+    the newest is chosen, for comparing trainings instead of checkpoints.
 
-    Columns: step, held-out loss, where judges were asked what summarise_speech returns and by how much the score is better
-    than that of the lowest loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can
-    not be read or holds weights that are no numbers is left out, and printed. Raises TrainingError when none is left, and
-    for too few texts.
+    Columns: step; held-out loss in nats; where judges were asked, the figures of summarise_speech and by how much the score
+    is better than that of the lowest loss (better by, better low, better high); chosen; by loss (whether it has the lowest);
+    why. A checkpoint that can not be read or has weights that are not finite is left out, with a printed line. Raises
+    TrainingError when none is left, for too few texts and for an unknown `choice`.
     """
     if choice not in CHOICES:
         raise TrainingError(f"choice is {choice!r}; allowed are {' and '.join(CHOICES)}")
@@ -152,7 +154,8 @@ def select_checkpoint(model, processor, out_dir, rows, recipe, texts=(), languag
 def find_candidates(model, out_dir) -> list:
     """Return [(step, folder), ...] of the usable checkpoints in the last third of the steps, oldest first.
 
-    The newest usable one is the end of the steps. `model` tries on the weights and is left with some of them.
+    The newest usable one counts as the end of the steps. Weights are tried on `model`, which is left with some of them.
+    Raises TrainingError when there is none.
     """
     candidates, broken = [], []
     for step, folder in reversed(list_checkpoints(out_dir)):
@@ -183,10 +186,11 @@ def find_problem(model, folder) -> str:
 
 
 def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0) -> pd.DataFrame:
-    """Return how well `model` speaks each of `texts`, once: one row per text with CER, right, runaway and score.
+    """Return how well `model` speaks each of `texts`: one row per text with CER, right, runaway and score.
 
-    The score is CER + (not heard as `language`) + runaway, an unweighted sum: 0 is perfect, 3 the worst. A clip's CER
-    counts as 1 at most, so that one that babbles does not outweigh all the others.
+    `right` is whether the language ID hears `language`, `runaway` whether the clip had not ended at its limit. The score is
+    CER + (not right) + runaway, an unweighted sum: 0 is perfect, 3 the worst. A clip's CER counts as 1 at most, so that one
+    clip of babble does not outweigh all others.
     """
     said = speak(model, processor, texts, speaker_id, seed=seed)
     wavs = [s.wav for s in said]
@@ -199,18 +203,22 @@ def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: st
 
 
 def summarise_speech(judged: pd.DataFrame) -> dict:
-    """Return the means of judge_model's table: CER with its bootstrap interval over texts, share heard right with Wilson's,
-    share of runaways, score."""
+    """Return the means of judge_model's table, with 95 % intervals over texts (keys: JUDGED).
+
+    They are CER with its bootstrap interval, LID accuracy ("heard right") with Wilson's interval, the share of runaways,
+    and the score.
+    """
     (cer_low, cer_high), (low, high) = bootstrap_interval(judged.CER), share_interval(judged.right.sum(), len(judged))
     figures = (judged.CER.mean(), cer_low, cer_high, judged.right.mean(), low, high, judged.runaway.mean(), judged.score.mean())
     return dict(zip(JUDGED, map(float, figures), strict=True))
 
 
 def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
-    """Add to a table of step and held-out loss the columns chosen, by loss, why, and with scores by how much each is better.
+    """Return a table of step and held-out loss with the columns chosen, by loss and why added.
 
-    `scores` has one array per row, the same texts in each (judge_model). Lowest loss first, of equals the later step. It
-    is replaced by one whose score is lower in the whole 95 % interval over texts; of several, by the lowest score.
+    `scores` has one array per row, of the same texts (judge_model); with it there are also the columns better by, better low
+    and better high. The lowest loss is chosen, of equals the later step. It is replaced by one whose score is lower in the
+    whole 95 % interval over texts; of several such, by the one with the lowest score.
     """
     best = chosen = table.sort_values(["held-out loss", "step"], ascending=[True, False]).index[0]
     why = pd.Series(f"a higher loss than step {table.step[best]}", index=table.index)
@@ -233,7 +241,7 @@ def mark_choice(table: pd.DataFrame, scores=()) -> pd.DataFrame:
 
 
 def describe_choice(table: pd.DataFrame, history: list[dict]) -> dict:
-    """Return for metrics and card, of select_checkpoint's table: steps of the saved weights and why those, steps trained."""
+    """Return what metrics and card say of select_checkpoint's table: which step was saved and why, and the steps trained."""
     best = table[table.chosen].iloc[0]
     return {
         "steps": int(best.step), "chosen_because": best.why, "checkpoints": len(table),
@@ -242,7 +250,10 @@ def describe_choice(table: pd.DataFrame, history: list[dict]) -> dict:
 
 
 def describe_speech(judged: pd.DataFrame) -> dict:
-    """Return for metrics and card how well the saved weights speak texts that had no part in the choice, with intervals."""
+    """Return what metrics and card say of how the saved weights speak: the figures of judge_model's table, with intervals.
+
+    `judged` is of texts that had no part in the choice of the checkpoint. Shares are from 0 to 1.
+    """
     names = ("cer", "cer_low", "cer_high", "heard_right", "heard_right_low", "heard_right_high", "runaways")
     low, high = share_interval(judged.runaway.sum(), len(judged))
     figures = dict(zip(names, summarise_speech(judged).values(), strict=False)) | {"runaways_low": low, "runaways_high": high}

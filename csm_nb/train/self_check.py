@@ -1,4 +1,4 @@
-"""The self-check of a loaded model: what is silently wrong elsewhere is looked at here, on a known batch, before any training."""
+"""The self_check of a loaded model: faults that raise no error elsewhere are found here, on a known batch, before training."""
 
 import unicodedata
 from collections import Counter
@@ -17,8 +17,8 @@ from csm_nb.recipe import TrainingError
 from csm_nb.train import loss, packing
 from csm_nb.train.packing import batch_clips, collate, pack_row, read_clips
 
-TOLERANCE = 0.02  # of the depth loss; bfloat16 keeps two to three digits
-FRAMES = (11, 7)  # of the known clips: a few, so that CSM-1B does it on a CPU in seconds
+TOLERANCE = 0.02  # relative, of the depth loss; bfloat16 keeps two to three digits
+FRAMES = (11, 7)  # of the known clips; so few take CSM-1B seconds on a CPU
 # What to do when a check fails.
 WAYS_OUT = {
     "codebook tables are one": "load with load.load_base, which ties them (transformers 5.17 does not)",
@@ -44,19 +44,25 @@ WAYS_OUT = {
 
 
 class ProofError(RuntimeError):
-    """A model that is not what a training needs; names each check that failed, what was found and what to do."""
+    """A model that is not fit for training; names each check that failed, what was found and what to do."""
 
 
 def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
-    """What was checked of `model`, whether it holds and what was found: a table for the notebook; all hold, or ProofError.
+    """Return a table of what was checked of `model`: one row per check, with the columns holds and found.
 
-    After loading: one codebook table; the depth decoder's loss is the mean over its codes (computed again by hand from
-    random clips); the frame that ends speech is labelled in every codebook; in a packed row other codes in one clip move no
-    logit of the next, and its positions start anew; a clip longer than the model's context is set aside, however long a row is;
-    `texts`, which hold the language's own letters, come back from the tokenizer as they were (after clean_text). Of the texts
-    of `corpus` it says how many lose characters (list_unknown names them), and stops only where all do. With something to train
-    in it (an adapter, or adapters.train_fully) also: it sits in both decoders and not in the codec, and gradients reach both.
-    Weights, gradients, modes and random numbers are left as they were.
+    Checked of every model:
+
+    - There is one codebook table.
+    - The depth decoder's loss is the mean over its codes, computed again by hand from random clips.
+    - The frame that ends speech is labelled in every codebook.
+    - In a packed row, other codes in one clip move no logit of the next, whose positions begin anew.
+    - A clip longer than the model's context is set aside, however long a row may be.
+    - `texts`, which hold the language's own letters, come back from the tokenizer unchanged (after clean_text). Of `corpus`,
+      a list of texts, it counts those that lose characters (list_unknown names them); it fails only where all do.
+
+    Checked also where something is trained (an adapter, or adapters.train_fully): it is in both decoders and not in the
+    codec, and gradients reach both. Weights, modes and random numbers are left as they were; gradients are cleared. Raises
+    ProofError where a check fails.
     """
     inner, checks = inner_model(model), {}
     tables = inner.backbone_model.embed_tokens.embed_audio_tokens.weight, inner.depth_decoder.model.embed_tokens.weight
@@ -89,7 +95,7 @@ def prove_model(model, processor, texts=(), corpus=()) -> pd.DataFrame:
 
 
 def make_clips(model, processor, texts=()):
-    """The known clips: two short ones of random codes."""
+    """Return two short clips of random codes, the same every time, with the first of `texts` as theirs (packing.Clips)."""
     rng, config = np.random.default_rng(0), model.config
     shape = config.num_codebooks, model.codec_model.config.codebook_size
     rows = [{"text": text, "speaker_id": "0", "codes": rng.integers(1, shape[1], (frames, shape[0]), dtype=np.uint16)}
@@ -98,7 +104,7 @@ def make_clips(model, processor, texts=()):
 
 
 def make_batch(model, clips) -> dict:
-    """The known batch: the clips side by side, every frame for the depth decoder as well."""
+    """Return both clips of make_clips as a batch on the model's device, with all frames for the depth decoder."""
     batch = batch_clips(clips, [0, 1], generator=torch.Generator().manual_seed(0))
     return {key: value.to(model.device) for key, value in batch.items()}
 
@@ -128,7 +134,7 @@ def _check_loss(model, inner, batch, trained):
 
 
 def _check_packing(model, inner, clips):
-    """Both clips in one row, then once more with other codes in the first: the second's logits are the same to the last bit."""
+    """Compare a row of both clips with one that has other codes in the first: the second's logits must be the same bits."""
     row, split = collate([pack_row(clips, [0, 1], 1.0, torch.Generator().manual_seed(0))]), int(clips.lengths[0])
     other = row | {"codes": row["codes"].clone()}
     first = row["is_frame"].clone()
@@ -146,7 +152,7 @@ def _check_packing(model, inner, clips):
     second = len(depth) * int((drawn & first).sum()) // int(drawn.sum())  # where the second clip's codes begin
     moved = [(a - b).abs().float().max().item() for a, b in ((backbone[split:], backbone_too[split:]),
                                                              (depth[second:], depth_too[second:]))]
-    own = (backbone[:split] - backbone_too[:split]).abs().float().max().item()  # or the check itself is blind
+    own = (backbone[:split] - backbone_too[:split]).abs().float().max().item()  # must move, or the check sees nothing
     expected = [*range(split), *range(int(clips.lengths[1]))]
     return {
         "clips do not see each other": (max(moved) == 0 < own, f"logits of the next clip move by {max(moved):.3g}, its own by "
@@ -166,11 +172,12 @@ def _check_context(model, processor):
 
 
 def list_unknown(processor, texts) -> pd.DataFrame:
-    """Return the characters of `texts` that the model never gets to see, the most frequent first: to look at before a training.
+    """Return the characters of `texts` that the model never sees, one row each, the most frequent first.
 
-    A row for each: character, code point, name, count, texts (how many hold it), example, and what to do. They are those that
-    the tokenizer has no token for or drops, and those that are not of any writing (control characters, U+FFFD where an encoding
-    went wrong), which a tokenizer of bytes, Llama's, takes without a word. Signs that clean_text maps are not among them.
+    It is for a look at a corpus before a training. Columns: character, code point, name, count, texts (how many hold it),
+    example, what to do. Listed are characters that the tokenizer has no token for or drops, and those of no script: control
+    characters, and U+FFFD where an encoding went wrong. A byte-level tokenizer such as Llama's accepts the latter. Characters
+    that clean_text maps are not listed.
     """
     texts, counts, holders, examples = [clean_text(text) for text in texts], Counter(), Counter(), {}
     for text, lost in zip(texts, _find_lost(processor.tokenizer, texts), strict=True):
@@ -184,7 +191,7 @@ def list_unknown(processor, texts) -> pd.DataFrame:
 
 
 def _find_lost(tokenizer, texts):
-    """For each text the places of characters that no known token stands for."""
+    """Yield for each text the indices of its characters that no known token stands for."""
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)

@@ -1,4 +1,4 @@
-"""Training from stored codes: the loss with its scale right by construction, and the Trainer around packed rows."""
+"""Training from stored codes: transformers' Trainer on packed rows, resumed from checkpoints that are complete."""
 
 import contextlib
 import math
@@ -26,11 +26,11 @@ from csm_nb.train.pace import KeepPace, WriteMetrics
 from csm_nb.train.packing import PackedRows, collate, pack_epoch, plan_rows, read_clips
 
 LENGTH = "length.json"  # in a training's folder: how many steps it was begun with, on how many processes
-EXPLODED = 1.5  # times the first loss, or that of blind guessing if it is larger: no training that goes well is there
+EXPLODED = 1.5  # times the larger of the first loss and that of blind guessing; no training that goes well gets there
 
 
 class CsmTrainer(Trainer):
-    """transformers' Trainer on packed rows: the loss, its parts in the log, and checkpoints that are whole are its own."""
+    """transformers' Trainer on packed rows, with its own loss, the parts of it in the log, and checkpoints that are complete."""
 
     def __init__(self, *args, recipe: Recipe, frame_rate: float, **kwargs):
         super().__init__(*args, data_collator=collate, **kwargs)
@@ -42,7 +42,7 @@ class CsmTrainer(Trainer):
         self.rows_of_step, self.held = [], None  # the claim on output_dir
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """The Trainer's own schedule begun one step later (its last_epoch is 0), as with a rate of 0 step 1 learns nothing."""
+        """Return the Trainer's schedule begun one step later (its last_epoch is 0): at a rate of 0 step 1 would learn nothing."""
         for group in (optimizer or self.optimizer).param_groups:
             group.setdefault("initial_lr", group["lr"])
         return super().create_scheduler(num_training_steps + 1, optimizer)
@@ -55,6 +55,12 @@ class CsmTrainer(Trainer):
         return torch.stack([frames, self.accelerator.reduce(texts, "sum")])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the loss of a batch in nats, with `return_outputs` also the model's output; its parts go to the log.
+
+        `num_items_in_batch` is how many frames the whole step labels, or (frames, text tokens). With it the loss is scaled so
+        that each counts the same, in whichever batch and process of the step it is. Raises TrainingError (stop) in training
+        when the loss explodes: it is not finite, or over EXPLODED times the first one and that of blind guessing.
+        """
         rows, frames = inputs.pop("row"), inputs["is_frame"].sum()
         output = compute_loss(model, inputs, self.recipe.codebook_weights, self.recipe.text_weight)
         texts = find_text_targets(inputs).sum() if self.recipe.text_weight else frames.new_zeros(())
@@ -78,18 +84,19 @@ class CsmTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return (loss, None, None) of a held-out row: an evaluation needs no logits, and its loss comes from log."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        if not (math.isfinite(norm) and norm > 0):  # at 0 nothing is learned any more: what too large a rate leaves behind
+        if not (math.isfinite(norm) and norm > 0):  # 0 is what too high a rate leaves: nothing is learned any more
             self.stop(f"the gradient's norm is {float(norm)}")
         self.rows_of_step.clear()
         return norm
 
     def stop(self, what: str):
-        """Raises TrainingError with the step, its clips and the newest good checkpoint; no weight has moved yet."""
+        """Raise TrainingError with the step, its clips and the newest good checkpoint, before the step changes a weight."""
         done = list_checkpoints(self.args.output_dir)
         kept = f"the newest good checkpoint is {done[-1][1]}" if done else "no checkpoint was written yet"
         clips = "; ".join(self.train_dataset.describe(i) for i in self.rows_of_step)
@@ -97,6 +104,10 @@ class CsmTrainer(Trainer):
                             f"The clips: {clips}")
 
     def log(self, logs, start_time=None):
+        """Add to a line of the log the parts of its loss in nats, and how many seconds of audio were trained on since the last.
+
+        The loss of an evaluation is computed here: a mean over all held-out frames, not over rows.
+        """
         kind = "loss" in logs
         if kind or "eval_loss" in logs:
             sums = self._sum_up(kind)
@@ -108,7 +119,7 @@ class CsmTrainer(Trainer):
         super().log(logs, start_time)
 
     def _sum_up(self, training):
-        """The sums over all processes of what was seen since the last log, each held-out row of them once."""
+        """Return the sums over all processes of what was seen since the last log, with each held-out row once."""
         if training:
             sums = self.accelerator.reduce(self.trained.to(self.args.device), "sum").cpu()
             self.trained.zero_()
@@ -150,13 +161,17 @@ class CsmTrainer(Trainer):
 
 
 def train_model(model, processor, train_rows, valid_rows, out_dir, recipe: Recipe, callbacks=()) -> list[dict]:
-    """Trains what is trainable in `model` on token rows and returns the loss history; `model` holds the trained weights.
+    """Train what is trainable in `model` on token rows and return the loss history; `model` holds the trained weights.
 
-    Goes on from the newest complete checkpoint in `out_dir`, if one is there, as if it had never stopped; a training that
-    stopped early (`patience`) stays stopped. It holds `out_dir` (claims.claim); where another process trains there, it waits
-    and takes what that one leaves. Entries of the history are {"step", "loss", ...} and {"step", "eval_loss", ...}
-    (on a fixed draw of frames), with the parts of each decoder. The log also goes to out_dir/metrics.jsonl. Raises
-    TrainingError when there is nothing to train on, the loss explodes or is no number, or a checkpoint can not be written.
+    A training goes on from the newest complete checkpoint in `out_dir`, if there is one, as if it had never stopped. One
+    that stopped early (`patience`) stays stopped. It holds `out_dir` (claims.hold): where another process trains there, it
+    waits and takes what that one leaves.
+
+    Entries of the history are {"step", "loss", ...} and {"step", "eval_loss", ...} in nats, with the parts of each decoder;
+    evaluations use a fixed draw of frames. The log also goes to out_dir/metrics.jsonl, and clips that are too long to
+    out_dir/set_aside.json. Raises TrainingError when there is nothing to train on, the loss explodes or is not finite, a
+    checkpoint can not be written, or another process takes over or holds `out_dir` and there is no waiting for it (several
+    processes).
     """
     out_dir = Path(out_dir)
     one, first = int(os.environ.get("WORLD_SIZE", 1)) == 1, int(os.environ.get("RANK", 0)) == 0
@@ -225,27 +240,33 @@ def fix_steps(recipe: Recipe, rows, processor, model, out_dir) -> Recipe:
 
 
 def plan_validation(clips, recipe: Recipe) -> list[list[int]]:
-    """The rows of the held-out clips, the same at every evaluation: at most 128 clips, drawn by the recipe's seed."""
+    """Return the rows of the held-out clips, the same at every evaluation: at most 128 clips, drawn by the recipe's seed."""
     rng = np.random.default_rng(recipe.seed)
     chosen = np.sort(rng.permutation(clips.usable)[:VALIDATION_CLIPS])
     return pack_epoch(clips.lengths, chosen, recipe.max_tokens, rng)
 
 
 def plan_choices(steps: int) -> list[int]:
-    """The steps of a training's last third, the last one among them, whose checkpoints are written, evaluated and kept
-    whatever the time, for the choice between them: three, where there are so many."""
+    """Return the steps whose checkpoints the choice is between: 7, 8 and 9 ninths of `steps`, each once.
+
+    They are written, evaluated and kept whatever the clock says (pace.KeepPace).
+    """
     return sorted({-(-steps * ninth // 9) for ninth in (7, 8, 9)})
 
 
 def plan_evaluations(recipe: Recipe) -> list[int]:
-    """The steps after which a training evaluates: every eval_every (by default thirds), and those of plan_choices."""
+    """Return the steps after which a training evaluates: every eval_every (by default thirds), and those of plan_choices."""
     every = recipe.eval_every or -(-recipe.steps // 3)
     return sorted({*range(every, recipe.steps, every), *plan_choices(recipe.steps)})
 
 
 def build_arguments(out_dir, recipe: Recipe, device: str) -> TrainingArguments:
-    """TrainingArguments of a recipe. Batches come in the plan's order; what is saved or logged when follows the length, and
-    the clock (pace.KeepPace). One device, unless launched with more processes (torchrun -m csm_nb.runs.launch)."""
+    """Return the TrainingArguments of a recipe.
+
+    Batches come in the plan's order. When it logs, evaluates and saves follows from the recipe and the number of steps, and
+    from the clock (pace.KeepPace). It trains on one device, unless launched in more processes (torchrun -m
+    csm_nb.runs.launch).
+    """
     evaluate = recipe.eval_every or -(-recipe.steps // 3)
     arguments = TrainingArguments(
         output_dir=str(out_dir), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed, data_seed=recipe.seed,
