@@ -87,8 +87,9 @@ clean-data: $(STAMP)
 
 lab: $(STAMP)
 	@$(PY) -m csm_nb.runs.lab --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE))
-	$(ENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
-	  --LabApp.default_url=/lab/tree/runs/lab/$(basename $(notdir $(PROFILE)))/$(firstword $(LANGS))/00_mimi_sanity.ipynb $(LAB)
+	JUPYTER_CONFIG_PATH='$(CURDIR)/csm_nb/runs/templates/jupyter'"$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	  $(ENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
+	  --LabApp.default_url=/lab/tree/runs/lab/$(basename $(notdir $(PROFILE)))/START.md $(LAB)
 
 setup: $(STAMP)
 ifneq ($(EXTRAS),)

@@ -22,6 +22,7 @@ from csm_nb.runs.folders import NOTEBOOK, is_alive
 OPENED, FINISHED = "results in (.+)$", "at most: {}$"  # what a notebook prints of its run's folder: its first cell, its last
 TEMPLATES = Path(__file__).parent / "templates"
 CUT_SHORT = "its process ended without a word: killed, out of memory, or the kernel was shut down"
+ROW = re.compile("<tr.*?</tr>", re.S)
 TONES = dict.fromkeys(("go", "clear", "learned"), "good") | dict.fromkeys(("stop", "unclear", "bleeds", "no gain"), "mixed")
 NUMBER = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?( ?%)?|nan|NaN|None|")  # what a column of numbers holds; the rest are words
 
@@ -39,7 +40,9 @@ def export_html(notebook) -> Path:
     content = nbformat.read(notebook, as_version=4)
     record = read_json(notebook.with_name("run.json"))
     content.metadata["title"] = " · ".join(filter(None, [record.get("stage", notebook.stem), record.get("language")]))
-    content.cells.insert(1, nbformat.v4.new_markdown_cell(_render("verdict", **_describe_run(notebook.parent))))
+    if "papermill-error-cell-tag" in content.cells[0].metadata.get("tags", []):
+        del content.cells[0]  # says above the title what the box says
+    content.cells.insert(1, nbformat.v4.new_markdown_cell(render("verdict.html", **_describe_run(notebook.parent))))
     for cell in content.cells:
         for output in cell.get("outputs", []):
             _tidy(output)
@@ -114,6 +117,8 @@ def _take_what_lacks(runs_dir):
 def build_index(runs_dir, current=()) -> Path:
     """Return runs_dir/index.html, written anew: languages by stages, each with verdict, seconds, metrics and its page.
 
+    Beside it lies the same as index.md, for JupyterLab: in its preview links work, and in its viewer of HTML they are refused.
+
     A cell shows the run of `current` (folders) of its language and stage, otherwise the newest; the others are listed
     below. A run counts as done by its marker only; one that failed or was cut short is shown as that, in red. Runs made by
     hand get the pages that they lack, where their notebook is still there and still theirs (take_notebook).
@@ -127,17 +132,22 @@ def build_index(runs_dir, current=()) -> Path:
     for run in runs:
         if table.setdefault((run["language"], run["stage"]), run) is not run:
             older.append(run)
-    languages = [(code, _name_language(code)) for code in sorted({language for language, _ in table})]
-    return _write(runs_dir / "index.html", _render("index",
-        stages=STAGES, languages=languages, table=table, models=_describe_models({run["model"] for run in runs}),
-        older=sorted(older, key=lambda run: -run["started"]), now=time.strftime("%Y-%m-%d %H:%M"),
-    ))  # fmt: skip
+    shown = {
+        "stages": STAGES, "languages": [(code, _name_language(code)) for code in sorted({language for language, _ in table})],
+        "table": table, "older": sorted(older, key=lambda run: -run["started"]), "now": time.strftime("%Y-%m-%d %H:%M"),
+        "models": _describe_models({run["model"] for run in runs}),
+    }  # fmt: skip
+    _write(runs_dir / "index.md", render("index.md", **shown))
+    return _write(runs_dir / "index.html", render("index.html", **shown))
 
 
-def _render(template, **values):
+def render(template: str, **values) -> str:
+    """Return the text of a template of this room, such as "index.html", with values in it."""
     from jinja2 import Environment, FileSystemLoader
 
-    return Environment(autoescape=True, loader=FileSystemLoader(TEMPLATES)).get_template(f"{template}.html.j2").render(**values)
+    trim = template.endswith(".md")
+    environment = Environment(autoescape=not trim, trim_blocks=trim, loader=FileSystemLoader(TEMPLATES))
+    return environment.get_template(f"{template}.j2").render(**values)
 
 
 def _tidy(output):
@@ -149,11 +159,21 @@ def _tidy(output):
         if name in place:
             place[name] = place[name].replace(f"{paths.ROOT}/", "")
     if 'class="dataframe"' in data.get("text/html", ""):
-        data["text/html"] = re.sub(r"<td>([^<]*)</td>", _align, data["text/html"])
+        data["text/html"] = _align_words(data["text/html"])
 
 
-def _align(cell):
-    return cell[0] if NUMBER.fullmatch(cell[1].strip()) else f'<td class="words">{cell[1]}</td>'
+def _align_words(frame):
+    """Mark in a data frame's HTML the columns that hold words, head and cells; pandas aligns everything as numbers."""
+    rows = [re.findall("<td>(.*?)</td>", row, re.S) for row in ROW.findall(frame)]
+    words = {i - len(row) for row in rows for i, cell in enumerate(row) if not NUMBER.fullmatch(cell.strip())}
+
+    def mark(row):
+        kind = "td" if "<td>" in row[0] else "th"
+        before, *cells = row[0].split(f"<{kind}>")  # a head over several columns is none of theirs
+        tags = [f'<{kind} class="words">' if i - len(cells) in words else f"<{kind}>" for i in range(len(cells))]
+        return before + "".join(tag + cell for tag, cell in zip(tags, cells, strict=True))
+
+    return ROW.sub(mark, frame)
 
 
 def _describe_run(folder):
@@ -187,7 +207,7 @@ def _describe_run(folder):
 
 
 def _describe_models(names):
-    """What the cards of the models say that lie here as folders; the index fetches nothing."""
+    """Return what the cards of those models say that lie here as folders; the index fetches nothing."""
     lines = []
     for name in sorted(name for name in names if name and find_model(name)):
         with contextlib.suppress(ModelError):
