@@ -35,7 +35,8 @@ def prepare_notebooks(language: str, profile: str = "mini", place=PLACE) -> list
 
     They are those that `make run` executes, by the same hand (papermill), in <place>/<profile>/<language>/: what is run in
     them is the run of `make run`, and a value that is changed in that cell holds. One that was edited stays as it is; the
-    others follow the notebooks in notebooks/. Raises ParameterError for an unknown language or profile.
+    others follow notebooks/ and the values, and keep what was run in them where those are the same. Raises ParameterError for an
+    unknown language or profile.
     """
     values, origins = load_params(find_params(language, profile))
     folder = paths.ROOT / place / Path(profile).stem / language
@@ -49,7 +50,7 @@ def prepare_notebooks(language: str, profile: str = "mini", place=PLACE) -> list
         path = folder / f"{stage}.ipynb"
         if _is_edited(path):
             print(f"{show_path(path)} was edited and stays as it is; delete it to have it anew")
-        else:
+        elif _read_mark(path) != notebook.metadata[MARK]:
             nbformat.write(notebook, path)
         made.append(path)
     return made
@@ -91,14 +92,17 @@ def _hash_cells(notebook):
     return hash_value([cell.source for cell in notebook.cells])
 
 
+def _read_mark(path):
+    return nbformat.read(path, as_version=4).metadata.get(MARK) if path.is_file() else None
+
+
 def _is_edited(path):
     if not path.is_file():
         return False
     try:
-        notebook = nbformat.read(path, as_version=4)
+        return _read_mark(path) != _hash_cells(nbformat.read(path, as_version=4))
     except Exception:  # half a file, or none of a notebook: whose it is cannot be told
         return True
-    return notebook.metadata.get(MARK) != _hash_cells(notebook)
 
 
 def main(arguments=None) -> int:
