@@ -163,14 +163,19 @@ def _tidy(output):
 
 
 def _align_words(frame):
-    """Mark in a data frame's HTML the columns that hold words, head and cells; pandas aligns everything as numbers."""
+    """Mark in a data frame's HTML the columns that hold words, cells and heads, and the heads of its index.
+
+    Pandas aligns everything as numbers.
+    """
     rows = [re.findall("<td>(.*?)</td>", row, re.S) for row in ROW.findall(frame)]
+    columns = max(map(len, rows), default=0)
     words = {i - len(row) for row in rows for i, cell in enumerate(row) if not NUMBER.fullmatch(cell.strip())}
 
     def mark(row):
         kind = "td" if "<td>" in row[0] else "th"
         before, *cells = row[0].split(f"<{kind}>")  # a head over several columns is none of theirs
-        tags = [f'<{kind} class="words">' if i - len(cells) in words else f"<{kind}>" for i in range(len(cells))]
+        places = range(-len(cells), 0)  # counted from the right, as an index may have several columns
+        tags = [f'<{kind} class="words">' if i in words or i < -columns else f"<{kind}>" for i in places]
         return before + "".join(tag + cell for tag, cell in zip(tags, cells, strict=True))
 
     return ROW.sub(mark, frame)
