@@ -75,7 +75,7 @@ def take_notebook(notebook) -> Path | None:
     if (folder / "done.json").is_file():
         whole = re.search(FINISHED.format(re.escape(show_path(folder))), said, re.M)
     else:
-        whole = record["status"] != "running" and any(record["error"].startswith(f"{name}:") for name in names)
+        whole = record["status"] != "running" and any(record.get("error", "").startswith(f"{name}:") for name in names)
     if not whole:  # it was saved too early, or is at another run by now
         return None
     for cell in cells:
