@@ -1,4 +1,4 @@
-# make run | models | ablate | test | lab | setup | lock | clean | clean-data; `make` alone says what each does. Variables are given on the command line
+# make run | models | ablate | index | test | lab | setup | lock | clean | clean-data; `make` alone says what each does. Variables are given on the command line
 # (make run LANGS=da); none is taken from the environment, and LANG and LANGUAGE stay what they are: the locale.
 LANGS    = no sv da
 PROFILE  = mini
@@ -54,13 +54,14 @@ each = $(foreach word,$(1),$(call quote,$(word)))
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
   [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
-.PHONY: help run models ablate test lab setup lock clean clean-data
+.PHONY: help run models ablate index test lab setup lock clean clean-data
 help:
 	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...' FORCE=1"
 	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
 	@echo "make ablate  the same with one thing changed at a time, at equal compute; SEEDS='0 1 2', LANGS PROFILE CORPUS JOBS SET as above"
+	@echo "make index   write runs/index.html anew, with pages of the runs that papermill alone made"
 	@echo "make test    run every test"
-	@echo "make lab     open the notebooks in JupyterLab with the values of LANGS and PROFILE in them; LAB='--no-browser ...'"
+	@echo "make lab     begin in JupyterLab: the notebooks with the values of LANGS and PROFILE in them, and where to begin; LAB='--no-browser ...'"
 	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
 	@echo "make lock    resolve pyproject.toml anew into requirements.lock"
 	@echo "make clean   remove caches; .venv and everything that runs made stay"
@@ -82,13 +83,17 @@ ablate: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest
 
+index: $(STAMP)
+	@$(PY) -m csm_nb.runs.pages
+
 clean-data: $(STAMP)
 	@$(PY) -m csm_nb.runs.kept --clean $(if $(filter-out 0 no false,$(ALL)),--all)
 
 lab: $(STAMP)
 	@$(PY) -m csm_nb.runs.lab --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE))
-	$(ENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
-	  --LabApp.default_url=/lab/tree/runs/lab/$(basename $(notdir $(PROFILE)))/$(firstword $(LANGS))/00_mimi_sanity.ipynb $(LAB)
+	JUPYTER_CONFIG_PATH='$(CURDIR)/csm_nb/runs/templates/jupyter'"$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	  $(ENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
+	  --LabApp.default_url=/lab/tree/runs/lab/$(basename $(notdir $(PROFILE)))/START.md $(LAB)
 
 setup: $(STAMP)
 ifneq ($(EXTRAS),)

@@ -30,6 +30,7 @@ from csm_nb.provenance import (
     write_json,
 )
 from csm_nb.recipe import TRAINED, ParameterError, pick_fields, suggest
+from csm_nb.runs.kernel import watch_cells
 from csm_nb.runs.params import (
     FILES,
     PLACES,
@@ -292,6 +293,8 @@ def open_run(stage: str, namespace: dict) -> Run:
         "inputs": inputs, **describe_commit(paths.ROOT), "versions": describe_versions(), "host": describe_host(),
         "started": time.time(), "process": identify_process(),
     })  # fmt: skip
+    if HANDED_DOWN not in os.environ:  # else the runner says how it ended, and makes its page
+        watch_cells(folder / RECORD)
     if ":" in params["device"]:  # transformers' Trainer asks nobody and takes the first GPU
         os.environ["ACCELERATE_TORCH_DEVICE"] = params["device"]
     torch.set_num_threads(min(torch.get_num_threads(), count_cores()))  # torch itself knows nothing of a container's quota
@@ -331,7 +334,7 @@ def finish_run(run: Run, metrics: dict, verdict: str) -> None:
     """
     import torch
 
-    record = read_json(run.dir / "run.json")
+    record = {key: value for key, value in read_json(run.dir / "run.json").items() if key != "error"}  # it was overcome
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     record |= {"status": "done", "seconds": round(time.time() - record["started"], 1), "peak_memory_bytes": peak}
     if torch.cuda.is_available():

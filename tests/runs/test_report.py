@@ -99,6 +99,7 @@ def test_a_page_holds_no_path_of_the_machine_no_empty_widget_and_words_at_the_le
     text = export_html(tmp_path / "notebook.ipynb").read_text()
     assert str(ROOT) not in text and "in runs/da" in text and "Box()" not in text
     assert '<td class="words">too short</td>' in text and "<td>0.25</td>" in text
+    assert '<th class="words"></th>' in text and '<th class="words">reason</th>' in text and "<th>seconds</th>" in text
 
 
 def test_index_shows_verdict_seconds_metrics_and_the_page_of_each_run(tmp_path):

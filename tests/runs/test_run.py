@@ -27,10 +27,14 @@ from csm_nb.runs import chain as runs_chain
 from csm_nb.runs.chain import Task, _restore_adapter, plan_tasks, run_tasks
 
 
-def start(project, *arguments):
-    # importing the real torch would take most of the time of a notebook that only seeds it
+def write_torch(project):
+    """Put a stub into a project: importing the real torch would take most of the time of a notebook that only seeds it."""
     stub = "class cuda:\n    is_available = lambda: False\n\nmanual_seed = set_num_threads = print\nget_num_threads = int\n"
     (project / "torch.py").write_text(stub)
+
+
+def start(project, *arguments):
+    write_torch(project)
     # the runner sees to it that notebooks import its own package, whichever is installed
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-m", "csm_nb.runs", *arguments]
