@@ -114,14 +114,15 @@ def draw_texts(language: str, seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def choose_checkpoint(model, processor, out_dir, rows, recipe, texts=(), language: str = "", lid=None, asr=None,
-                      speaker_id: str = "0", seed: int = 0, choice: str = "best") -> pd.DataFrame:
+                      speaker_id: str = "0", seed: int = 0, choice: str = "best", keep=None) -> pd.DataFrame:
     """Put the weights of the chosen checkpoint in `out_dir` into `model`; return what each candidate did, one row each.
 
     `model` is as train_model leaves it. Candidates are the complete checkpoints of the last third of the steps. The one
     with the lowest loss on held-out clips (measure_clips of `rows`) is taken. Where there are `texts` (32 and more) and
     judges, another takes its place only if its score is better beyond the 95 % interval over texts: of six trainings, each
     judged by four seeds, the lowest score alone took the worst checkpoint five times in 24 (CER .281), this rule never
-    (.266). With `choice` "last" the newest one is taken, for comparing trainings instead of checkpoints.
+    (.266). With `choice` "last" the newest one is taken, for comparing trainings instead of checkpoints. `keep` as in
+    judge_model.
 
     Columns: step, held-out loss, where judges were asked what summarise_speech returns and by how much the score is better
     than that of the lowest loss, then whether it is chosen, whether it has the lowest loss, and why. A checkpoint that can
@@ -139,7 +140,7 @@ def choose_checkpoint(model, processor, out_dir, rows, recipe, texts=(), languag
         load_weights(model, folder)
         row = {"step": step, "held-out loss": measure_clips(model, processor, rows, recipe).mean()}
         if len(texts) and len(folders) > 1:  # one candidate needs no judge
-            judged.append(judge_model(model, processor, texts, language, lid, asr, speaker_id, seed))
+            judged.append(judge_model(model, processor, texts, language, lid, asr, speaker_id, seed, keep))
             row |= summarise_speech(judged[-1])
         table.append(row)
     table = mark_choice(pd.DataFrame(table), [part.score.to_numpy() for part in judged])
@@ -182,17 +183,19 @@ def find_problem(model, folder) -> str:
     return "" if has_finite_weights(model) else "holds weights that are no numbers"
 
 
-def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0) -> pd.DataFrame:
+def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0,
+                keep=None) -> pd.DataFrame:
     """Return how well `model` speaks each of `texts`, once: one row per text with CER, right, runaway and score.
 
     The score is CER + (not heard as `language`) + runaway, an unweighted sum: 0 is perfect, 3 the worst. A clip's CER
-    counts as 1 at most, so that one that babbles does not outweigh all the others.
+    counts as 1 at most, so that one that babbles does not outweigh all the others. With `keep` (keep.Keep) nothing is
+    spoken or heard that was before.
     """
-    said = speak(model, processor, texts, speaker_id, seed=seed)
+    said = speak(model, processor, texts, speaker_id, seed=seed, keep=keep)
     wavs = [s.wav for s in said]
     table = pd.DataFrame({
-        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs), language).clip(max=1),
-        "right": [max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs)],
+        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs, keep=keep), language).clip(max=1),
+        "right": [max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs, keep=keep)],
         "runaway": [not s.ended for s in said],
     })
     return table.assign(score=table.CER + ~table.right + table.runaway)
