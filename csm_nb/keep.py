@@ -34,7 +34,7 @@ class Keep:
 
     def describe(self) -> str:
         """Return the account in words: "224 utterances: 80 spoken, 144 found; 448 clips for a judge: 160 heard, 288 found"."""
-        counts = [(kind, self.made[kind], self.found[kind]) for kind in self.places]
+        counts = [(kind, self.made[kind], self.found[kind]) for kind in NOUNS if kind in self.places]
         return "; ".join(f"{made + found} {NOUNS[kind]}: {made} {kind}, {found} found" for kind, made, found in counts)
 
     def note(self, kind: str, folder: Path, made: int, found: int) -> None:

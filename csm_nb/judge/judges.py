@@ -29,7 +29,7 @@ WHISPER_SECONDS = 30  # what Whisper's encoder takes at once
 WHISPER_TOKENS = 440  # it has 448 places, some of which the prompt takes
 # What hearing imports and that changes nothing that is heard: how files are found and kept, and the rules of comparing texts.
 GIVEN = ("text", "hub", "paths", "claims", "keep", "provenance")
-SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "max_length"}  # change with who wrote or last used it
+SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "max_length"}  # of a config: change with its user
 
 
 def load_lid(model, device: str = "auto"):

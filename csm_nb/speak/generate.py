@@ -118,7 +118,8 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
         chosen = [order[place] for place in chosen]
         batch = generate_codes(inner, processor, [texts[i] for i in chosen], [speakers[i] for i in chosen],
                                temperature, top_k, seed)
-        return [{"text": texts[i], "codes": codes.tolist(), "ended": ended} for i, (codes, ended) in zip(chosen, batch, strict=True)]
+        return [{"text": texts[i], "codes": codes.tolist(), "ended": ended}
+                for i, (codes, ended) in zip(chosen, batch, strict=True)]
 
     if keep is None:
         starts = range(0, len(order), batch_size)
