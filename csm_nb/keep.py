@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from csm_nb.claims import claim, hold, is_held, name_holder
+from csm_nb.claims import MOMENT, claim, hold, is_held, name_holder
 from csm_nb.paths import show_path
 from csm_nb.provenance import hash_value, read_json, replace_file, write_json
 
 RECORD = "made-of.json"  # in a folder of what is kept: what its name is a hash of
 WORK = ".work.json"  # ending of a file that says which keys a living process is making
-MOMENT = 0.2  # s; from one look at what another process makes to the next
+LOOK = 0.2  # s; from one look at what another process makes to the next
 NOUNS = {"spoken": "utterances", "heard": "clips for a judge"}
 
 
@@ -54,7 +54,7 @@ def make_once(keep: Keep, kind: str, made_of: dict, keys: list[str], make, schem
     """
     folder = Path(keep.data) / kind / hash_value(made_of)
     places = {key: place for place, key in reversed([*enumerate(keys)])}
-    rows, read, made, waits = {}, set(), 0, False
+    rows, read, made, waited = {}, set(), 0, 0.0
     _read_parts(folder, places, rows, read)
     while missing := [key for key in places if key not in rows]:
         missing.sort(key=places.get)
@@ -79,10 +79,10 @@ def make_once(keep: Keep, kind: str, made_of: dict, keys: list[str], make, schem
             made += len(chosen)
             _read_parts(folder, places, rows, read)
         elif any(key not in rows for key in missing):
-            if not waits:
+            if waited <= MOMENT < waited + LOOK:  # once, and not where it is soon over
                 print(f"{holder} is at work in {show_path(folder)}: waiting for what it leaves", flush=True)
-            waits = True
-            time.sleep(MOMENT)
+            waited += LOOK
+            time.sleep(LOOK)
     keep.note(kind, folder, made, len(keys) - made)
     return [rows[key] for key in keys]
 

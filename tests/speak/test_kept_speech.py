@@ -109,7 +109,7 @@ def test_an_adapter_is_the_same_under_every_name_trained_or_loaded_and_beside_ot
     ("speak/generate.py", "ON_TOP = 0.15, 1.0", "ON_TOP = 0.15, 2.0", True),
     ("csm/load.py", "CONTEXT = 2048", "CONTEXT = 1024", True),
     ("speak/generate.py", '"""Generation: ', '"""Generating: ', False), ("codec/mimi.py", '"cuda": 60', '"cuda": 61', False),
-    ("judge/intervals.py", "CLEAR_LOW = 0.9", "CLEAR_LOW = 0.8", False), ("keep.py", "MOMENT = 0.2", "MOMENT = 0.3", False),
+    ("judge/intervals.py", "CLEAR_LOW = 0.9", "CLEAR_LOW = 0.8", False), ("keep.py", "LOOK = 0.2", "LOOK = 0.3", False),
 ])  # fmt: skip
 def test_the_code_that_speaks_counts_and_no_other(base, tmp_path, monkeypatch, file, old, new, moves):
     package = shutil.copytree(ROOT / "csm_nb", tmp_path / "csm_nb", ignore=shutil.ignore_patterns("__pycache__"))
