@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 from csm_nb import paths
@@ -105,6 +106,32 @@ def hash_files(files) -> list[str | None]:
             memory.parent.mkdir(exist_ok=True)
             write_json(memory, known)
     return hashes
+
+
+_TENSORS = {}  # {id: (tensor, its state, hash)} of those that were hashed and are still there
+
+
+def hash_tensors(tensors: dict) -> str:
+    """Return 16 hex digits of the names, types, shapes and bytes of {name: tensor}, as they are in memory.
+
+    A parameter or buffer is read again only when it was written to, by an optimizer's step, copy_ or another type: CSM-1B
+    takes 2 s the first time. What is written past autograd, to `tensor.data` in place, is not seen.
+    """
+    parts = [(name, str(value.dtype), list(value.shape), _hash_tensor(value)) for name, value in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _hash_tensor(value):
+    import torch
+
+    state = None if value.is_inference() else (value._version, value.data_ptr(), value.dtype)
+    held, known, digest = _TENSORS.get(id(value), (lambda: None, None, ""))
+    if state is None or held() is not value or known != state:
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(content).hexdigest()
+        place = id(value)
+        _TENSORS[place] = weakref.ref(value, lambda _: _TENSORS.pop(place, None)), state, digest
+    return digest
 
 
 def hash_code(source: str, package: Path, given=(), unasked=()) -> str:

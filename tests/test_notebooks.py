@@ -28,8 +28,6 @@ from csm_nb.train import select
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-DONE = ("00_mimi_sanity",)  # notebooks whose cells read parameters from the run alone, once it is open
-every_done_notebook = pytest.mark.parametrize("path", [path for path in PATHS if path.stem in DONE], ids=lambda path: path.stem)
 
 
 def code_cells(path):
@@ -90,7 +88,7 @@ def test_every_model_is_loaded_where_the_parameter_device_says(path):
         assert {"device", "run.device"} & set(map(ast.unparse, load.args)), ast.unparse(load)
 
 
-@every_done_notebook
+@every_notebook
 def test_only_the_run_says_what_its_parameters_are_once_it_is_open(path):
     statements = [(number, node) for number, cell in enumerate(code_cells(path)[1]) for node in ast.parse(cell.source).body]
     opened = next(i for i, (_, node) in enumerate(statements) if "open_run(" in ast.unparse(node))
@@ -101,7 +99,7 @@ def test_only_the_run_says_what_its_parameters_are_once_it_is_open(path):
     assert read - assigned == set()  # (code cell, global): run.<global> is what ran
 
 
-@every_done_notebook
+@every_notebook
 def test_code_cells_fit_the_page(path):
     tagged, cells = code_cells(path)
     assert len(tagged[0].source.splitlines()) <= 15

@@ -9,11 +9,14 @@ from csm_nb.judge.judges import transcribe
 from csm_nb.text.normalise import character_error_rates
 
 
-def judge_inputs(texts, speech: dict, asr, language: str) -> pd.DataFrame:
-    """CER of the same sentences said from several inputs: rows with model (the input's name), text, transcript, cer."""
+def judge_inputs(texts, speech: dict, asr, language: str, keep=None) -> pd.DataFrame:
+    """Return the CER of the same sentences said from several inputs: rows with model (the input's name), text, transcript, cer.
+
+    With `keep` (keep.Keep) no clip is heard that was before.
+    """
     parts = []
     for name, said in speech.items():
-        heard = transcribe(asr, [s.wav for s in said])
+        heard = transcribe(asr, [s.wav for s in said], keep=keep)
         parts.append(pd.DataFrame({
             "model": name, "language": language, "text": texts, "wav": [s.wav for s in said], "ended": [s.ended for s in said],
             "transcript": heard, "cer": character_error_rates(texts, heard, language),

@@ -11,18 +11,19 @@ from csm_nb.recipe import TRAINED
 from csm_nb.text.normalise import character_error_rates
 
 
-def judge_speech(rows: pd.DataFrame, lid, asr: dict) -> pd.DataFrame:
+def judge_speech(rows: pd.DataFrame, lid, asr: dict, keep=None) -> pd.DataFrame:
     """Add what the judges heard: heard (language), confidence of the language that was read, transcript, cer, hallucinated.
 
-    `asr` maps a language to its recogniser; cer may be above 1, and is counted as 1 at most wherever it is averaged.
+    `asr` maps a language to its recogniser; cer may be above 1, and is counted as 1 at most wherever it is averaged. With
+    `keep` (keep.Keep) no clip is heard that was before.
     """
     rows = rows.reset_index(drop=True)
-    scores = identify_languages(lid, list(rows.wav))
+    scores = identify_languages(lid, list(rows.wav), keep=keep)
     rows = rows.assign(heard=[max(s, key=s.get) for s in scores],
                        confidence=[s.get(code, 0.0) for s, code in zip(scores, rows.language, strict=True)],
                        transcript="", cer=np.nan, hallucinated=False)
     for code, part in rows.groupby("language"):
-        texts = transcribe(asr[code], list(part.wav))
+        texts = transcribe(asr[code], list(part.wav), keep=keep)
         rows.loc[part.index, "transcript"] = texts
         rows.loc[part.index, "cer"] = character_error_rates(part.text, texts, code)
         rows.loc[part.index, "hallucinated"] = find_hallucinations(texts, list(part.wav))

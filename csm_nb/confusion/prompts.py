@@ -78,25 +78,26 @@ def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
     return prompts.assign(model="reference", wav=wavs, ended=True)
 
 
-def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0, keep=None) -> pd.DataFrame:
     """Return what the base and each adapter read: one row per model and prompt, with model, speaker, wav, ended added.
 
     `adapters` maps a language to its folder, whose name is in the column model. Each speaks with a voice of its own corpus.
     The base reads every prompt. An adapter reads those of its own language and, of others, those whose column `cross` is
     true (without that column, all). Adapters are put on one base, one active at a time, and taken off at the end: `model`
-    is then what it was before. Fully trained models are loaded one after the other. Raises AdapterError for an adapter that
-    can not be put on.
+    is then what it was before. Fully trained models are loaded one after the other. With `keep` (keep.Keep) nothing is spoken
+    that was before: of the 224 utterances of 04 for Norwegian, Swedish or Danish, 144 are the same in all three (the probes, and
+    English by the base). Raises AdapterError for an adapter that can not be put on.
     """
-    parts, worn = [_read_aloud("base", model, processor, prompts, seed)], None
+    parts, worn = [_read_aloud("base", model, processor, prompts, seed, keep)], None
     try:
         for language, folder in adapters.items():
             own = prompts[(prompts.language == language) | prompts.get("cross", True)]
             if (folder / TRAINED["lora"]).exists():
                 worn = load_adapter(model if worn is None else worn, folder, name=f"adapter_{language}")
-                parts.append(_read_aloud(folder.name, worn, processor, own, seed))
+                parts.append(_read_aloud(folder.name, worn, processor, own, seed, keep))
             else:
                 trained, _ = load_base(str(folder), str(model.device), model.dtype)
-                parts.append(_read_aloud(folder.name, trained, processor, own, seed))
+                parts.append(_read_aloud(folder.name, trained, processor, own, seed, keep))
                 del trained  # before the next one comes
     finally:
         if worn is not None:
@@ -104,7 +105,7 @@ def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: 
     return pd.concat(parts, ignore_index=True)
 
 
-def _read_aloud(name, model, processor, prompts, seed):
+def _read_aloud(name, model, processor, prompts, seed, keep):
     voice = pick_voice(get_speakers(model))
-    said = speak(model, processor, list(prompts.text), voice, seed=seed)
+    said = speak(model, processor, list(prompts.text), voice, seed=seed, keep=keep)
     return prompts.assign(model=name, speaker=voice, wav=[s.wav for s in said], ended=[s.ended for s in said])

@@ -1,16 +1,22 @@
 """Judges: which language is heard, what is understood, and how sure a figure over clips is."""
 
+import json
 import re
+from hashlib import sha256
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import pipeline
 from transformers.utils import logging
 
+from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, resample
 from csm_nb.device import pick_device
 from csm_nb.hub import fetch_model
+from csm_nb.keep import make_once
 from csm_nb.languages import LANGUAGES, get_language, read_label
+from csm_nb.provenance import hash_code, hash_tensors, hash_value
 from csm_nb.text.normalise import normalise_text
 
 SHORTEST = 0.1  # s; nothing is asked about less
@@ -21,6 +27,9 @@ LETTERS_PER_TOKEN = 1.7  # of Whisper's tokenizer: the least in 60 sentences of 
 ENGLISH_ONLY = 51_864  # tokens of OpenAI's *.en models; the multilingual ones have more
 WHISPER_SECONDS = 30  # what Whisper's encoder takes at once
 WHISPER_TOKENS = 440  # it has 448 places, some of which the prompt takes
+# What hearing imports and that changes nothing that is heard: how files are found and kept, and the rules of comparing texts.
+GIVEN = ("text", "hub", "paths", "claims", "keep", "provenance")
+SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "max_length"}  # of a config: change with its user
 
 
 def load_lid(model, device: str = "auto"):
@@ -91,12 +100,52 @@ def _to_inputs(judge, wavs):
     return heard, [{"raw": resample(wavs[i], SAMPLE_RATE, rate), "sampling_rate": rate} for i in heard]
 
 
-def identify_languages(lid, wavs, batch_size: int = 8) -> list[dict]:
+def describe_judge(judge) -> dict:
+    """Return all that decides what a judge hears in a clip, in words and hashes: what is kept of it is named by that.
+
+    Weights count as they are in memory, whatever id or revision they came by; a Whisper by the language that it was told.
+    """
+    model, writer = judge.model, getattr(judge, "tokenizer", None)
+    settings = (model.config, getattr(judge, "generation_config", None), judge.feature_extractor)
+    settings = [{key: value for key, value in part.to_dict().items() if key not in SETTINGS} for part in settings if part]
+    return {
+        "judge": judge.task, "kind": model.config.model_type,
+        "weights": hash_tensors(dict(model.named_parameters()) | dict(model.named_buffers())),
+        "settings": hash_value(json.loads(json.dumps(settings, default=str))),
+        "vocabulary": hash_value(writer.get_vocab()) if writer is not None else "",
+        "computed": {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")},
+        "code": hash_code("from csm_nb.judge import judges", paths.PACKAGE, GIVEN),
+    }
+
+
+def _hear(judge, wavs, hear, batch_size, keep):
+    """Return what `hear` says of each clip; with `keep`, of those only that this judge has not heard before."""
+    if keep is None:
+        return hear(judge, wavs, batch_size)
+    wavs = [np.ascontiguousarray(wav, np.float32) for wav in wavs]
+    order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))  # of like length together
+    keys = [sha256(wavs[i].tobytes()).hexdigest()[:24] for i in order]
+
+    def make(chosen):
+        answers = hear(judge, [wavs[order[place]] for place in chosen], batch_size)
+        return [{"heard": json.dumps(answer, ensure_ascii=False)} for answer in answers]
+
+    rows = make_once(keep, "heard", describe_judge(judge), keys, make, pa.schema([("heard", pa.string())]))
+    answers = dict(zip(order, (json.loads(row["heard"]) for row in rows), strict=True))
+    return [answers[i] for i in range(len(wavs))]
+
+
+def identify_languages(lid, wavs, batch_size: int = 8, keep=None) -> list[dict]:
     """Return {our language code: probability} per clip (24 kHz), everything else summed under "other".
 
     Labels are mapped by read_label, Bokmål and Nynorsk summed into no. A clip under 0.1 s, silent or not finite gets
-    {"none": 1.0}.
+    {"none": 1.0}. With `keep` (keep.Keep), a clip that this judge has heard before is not heard again (describe_judge,
+    and the clip's samples).
     """
+    return _hear(lid, wavs, _identify, batch_size, keep)
+
+
+def _identify(lid, wavs, batch_size):
     answers = [{"none": 1.0} for _ in wavs]
     heard, inputs = _to_inputs(lid, wavs)
     for i, scores in zip(heard, lid(inputs, top_k=None, batch_size=batch_size) if inputs else [], strict=True):
@@ -108,12 +157,17 @@ def identify_languages(lid, wavs, batch_size: int = 8) -> list[dict]:
     return answers
 
 
-def transcribe(asr, wavs, batch_size: int = 8) -> list[str]:
+def transcribe(asr, wavs, batch_size: int = 8, keep=None) -> list[str]:
     """Return what the recogniser writes for each clip (24 kHz); "" for a clip with nothing to hear.
 
     A Whisper may write as many tokens as the clip has time for and no more, since on a cut word it repeats itself to its
-    end; clips of like length go together. It hears a clip above 30 s in overlapping pieces, which the pipeline joins.
+    end; clips of like length go together. It hears a clip above 30 s in overlapping pieces, which the pipeline joins. `keep`
+    as in identify_languages.
     """
+    return _hear(asr, wavs, _write_down, batch_size, keep)
+
+
+def _write_down(asr, wavs, batch_size):
     texts = [""] * len(wavs)
     heard, inputs = _to_inputs(asr, wavs)
     if not heard:

@@ -12,7 +12,7 @@ from csm_nb.claims import is_held
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import read_json
 
-KINDS = ("tokens", "trainings")
+KINDS = ("tokens", "trainings", "spoken", "heard")
 
 
 def list_kept(runs="runs") -> pd.DataFrame:
@@ -32,9 +32,15 @@ def list_kept(runs="runs") -> pd.DataFrame:
         rows.append({
             "kind": place.parent.name, "place": show_path(place), "MB": sum(file.st_size for file in files) / 1e6,
             "days": (time.time() - max((file.st_mtime for file in files), default=time.time())) / 86400,
-            "used by": ", ".join(users.get(place, [])) or "no run", "held": is_held(place),
+            "used by": ", ".join(users.get(place, [])) or "no run", "held": _is_at_work(place),
         })  # fmt: skip
     return pd.DataFrame(rows, columns=["kind", "place", "MB", "days", "used by", "held"])
+
+
+def _is_at_work(place):
+    """Return whether a process holds a folder, or something in it: a shard that it writes, a batch that it speaks."""
+    markers = place.glob(".*.lease")
+    return is_held(place) or any(is_held(place / marker.name[1:].removesuffix(".lease")) for marker in markers)
 
 
 def find_free(kept: pd.DataFrame, everything: bool = False) -> pd.DataFrame:
@@ -44,7 +50,7 @@ def find_free(kept: pd.DataFrame, everything: bool = False) -> pd.DataFrame:
 
 def clean(free: pd.DataFrame) -> list[Path]:
     """Remove the places of `free` (find_free) and return them; what a process has begun to work in meanwhile stays."""
-    places = [place for place in map(resolve_path, free.place) if not is_held(place)]
+    places = [place for place in map(resolve_path, free.place) if not _is_at_work(place)]
     for place in places:
         shutil.rmtree(place)
     return places

@@ -15,6 +15,7 @@ from csm_nb.csm import adapters, load, save, speakers
 from csm_nb.fidelity import gate
 from csm_nb.hub import describe_model
 from csm_nb.judge import judges
+from csm_nb.keep import Keep
 from csm_nb.languages import get_language
 from csm_nb.manifest import read_manifest
 from csm_nb.paths import resolve_path
@@ -52,13 +53,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Training:
-    """What is to be trained: model, data, recipe with its steps, and the folder that keeps it (train.place)."""
+    """What is to be trained: model, data, recipe with its steps, the folder that keeps it (train.place), and the account of
+    what is said and heard on the way (keep.Keep)."""
 
     model: object
     processor: object
     data: Encoded
     recipe: Recipe
     place: Path
+    keep: Keep
 
 
 def describe_run(run: Run) -> pd.DataFrame:
@@ -192,7 +195,8 @@ def start_training(run: Run, model, processor, data: Encoded) -> Training:
     display(self_check.prove_model(model, processor, _list_own(run.language), texts))
     place = place_training(model, data.train_rows, data.valid_rows, recipe, run.data)
     folders.note_used(run, training=place)
-    return Training(model, processor, data, trainer.fix_steps(recipe, data.train_rows, processor, model, place), place)
+    recipe = trainer.fix_steps(recipe, data.train_rows, processor, model, place)
+    return Training(model, processor, data, recipe, place, Keep(run.data))
 
 
 def measure_cost(training: Training) -> pd.DataFrame:
@@ -208,7 +212,7 @@ def train(run: Run, training: Training, probes) -> dict:
 
     Three of `probes` are spoken before the first step and on the way, and stay with the training; none for ().
     """
-    model, processor, data, recipe, place = (getattr(training, one.name) for one in fields(training))
+    model, processor, data, recipe, place, _ = (getattr(training, one.name) for one in fields(training))
     before = select.measure_clips(model, processor, data.valid_rows, recipe)
     print(f"{len(before)} held-out clips before the first step: {before.mean():.2f} nats")
     samples = callbacks.SpeakSamples(model, processor, probes[:3], data.voice, recipe.sample_every, place / "samples", run.seed)
@@ -230,7 +234,7 @@ def select_checkpoint(run: Run, training: Training, lid=None, asr=None) -> pd.Da
     texts = select.draw_texts(run.language, run.seed)[0] if lid else ()
     table = select.select_checkpoint(training.model, training.processor, training.place, training.data.valid_rows,
                                      training.recipe, texts, run.language, lid, asr, training.data.voice, run.seed,
-                                     training.recipe.choice)
+                                     training.recipe.choice, training.keep)
     display(results.draw_checkpoints(table))
     return table
 
@@ -239,7 +243,7 @@ def judge_speech(run: Run, training: Training, lid, asr) -> dict:
     """Return how well the saved weights speak sentences that had no part in choosing them, for metrics and card."""
     texts = select.draw_texts(run.language, run.seed)[1]
     judged = select.judge_model(training.model, training.processor, texts, run.language, lid, asr, training.data.voice,
-                                run.seed + 1)
+                                run.seed + 1, training.keep)
     figures = select.describe_speech(judged)
     display(pd.Series(figures, name="saved weights").round(3).to_frame())
     return figures
@@ -248,7 +252,7 @@ def judge_speech(run: Run, training: Training, lid, asr) -> dict:
 def listen(run: Run, training: Training, language: str, probes) -> None:
     """Show what the saved weights say: the first probe beside the same before the training, then four held-out sentences."""
     said = [*probes[:1], *make_sentences(language, 4, run.seed, "test")]
-    speech = speak(training.model, training.processor, said, training.data.voice, seed=run.seed)
+    speech = speak(training.model, training.processor, said, training.data.voice, seed=run.seed, keep=training.keep)
     heard = [(f"{s.text} ({'ended' if s.ended else 'runaway'})", s.wav) for s in speech]
     first = min(training.place.glob("samples/step-*/0.wav"), key=lambda path: int(path.parent.name[5:]), default=None)
     if first:
@@ -260,7 +264,7 @@ def listen(run: Run, training: Training, language: str, probes) -> None:
 def compare_voice(run: Run, training: Training):
     """Return a figure: a clip of the voice, and the same words by the saved weights below it, on one scale."""
     clip = speakers.find_clip(training.data.clips.good, training.data.voice)
-    again = speak(training.model, training.processor, [clip["text"]], training.data.voice, seed=run.seed)[0]
+    again, = speak(training.model, training.processor, [clip["text"]], training.data.voice, seed=run.seed, keep=training.keep)
     clips = [("clip", read_audio(clip["audio_path"])), ("adapter", again.wav)]
     return sound.draw_spectrograms(clips, title=clip["text"])
 
@@ -283,5 +287,7 @@ def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, car
         print(f"saved in {folders.show_path(path)}")
     share = adapters.describe_adapter(training.model)["trained parameters (M)"]
     metrics = figures | counted | {"set_aside": len(training.data.clips.set_aside), "trained_parameters_m": share}
+    folders.note_used(run, **training.keep.places)
+    print(training.keep.describe())
     print(f"{gain['verdict']}: {gain['because']}")
     folders.finish_run(run, metrics, gain["verdict"])

@@ -2,20 +2,26 @@
 
 import unicodedata
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import DynamicCache
 
 from csm_nb.codec.mimi import decode
 from csm_nb.csm.load import encode_text, inner_model
 from csm_nb.csm.speakers import get_speakers, pick_voice
+from csm_nb.keep import make_once
+from csm_nb.provenance import hash_value
+from csm_nb.speak.voice import describe_speech
 
 # A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
 SECONDS_PER_LETTER, SECONDS_ON_TOP = 0.15, 1.0
 # Letters of what is read as words: a digit, a sign, a letter of an abbreviation. The longest numbers have 13.5 letters per
 # digit (Polish 999,799; English 12, counted with num2words over ten languages), "double-v" and "per cento" have 8 and 9.
 LETTERS_READ_OUT = 14
+_SCHEMA = pa.schema([("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("ended", pa.bool_())])
 
 
 class SpeechError(ValueError):
@@ -32,13 +38,26 @@ class Speech:
     ended: bool
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int, generator) -> torch.Tensor:
-    """Draws one index a row from logits (batch, vocabulary); temperature 0 takes the likeliest."""
+def sample(logits: torch.Tensor, temperature: float, top_k: int, drawn: torch.Tensor | None) -> torch.Tensor:
+    """Return one index per row of logits (batch, vocabulary), by its number `drawn` (batch,), uniform in 0 to 1.
+
+    The `top_k` likeliest share the line from 0 to 1 by their probabilities, in the order of their indices: by rank, two that
+    are as likely but for rounding change places, and one of 64 utterances came out otherwise in another batch. Temperature 0
+    takes the likeliest, and needs no number.
+    """
     if temperature <= 0:
         return logits.argmax(-1)
-    values, indices = logits.float().topk(min(top_k, logits.shape[-1]))
-    drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
-    return indices.gather(-1, drawn)[:, 0]
+    indices = logits.topk(min(top_k, logits.shape[-1])).indices.sort(-1).values
+    shares = (logits.gather(-1, indices).float() / temperature).softmax(-1).cumsum(-1)
+    place = (shares <= drawn[:, None] * shares[:, -1:]).sum(-1, keepdim=True).clamp(max=shares.shape[-1] - 1)
+    return indices.gather(-1, place)[:, 0]
+
+
+def draw_numbers(text: str, speaker: str, seed: int, frames: int, codebooks: int) -> torch.Tensor:
+    """Return the random numbers of one utterance, uniform in 0 to 1, (frames, codebooks): of what it is alone."""
+    digest = sha256(f"{seed}\0{speaker}\0{text}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.rand(frames, codebooks, generator=generator)
 
 
 def count_letters(text: str) -> int:
@@ -75,40 +94,60 @@ def check_text(model, processor, text: str, speaker: str = "0") -> None:
 
 @torch.inference_mode()
 def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
-          batch_size: int = 32) -> list[Speech]:
+          batch_size: int = 32, keep=None) -> list[Speech]:
     """Speaks `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
 
-    Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". Reproducible by
-    `seed`. Every text has its own cap in frames; one that reaches it did not end by itself (`ended` is False: a runaway) and
-    is returned as far as it came. Before anything is spoken, raises SpeechError for a text with nothing to say or too long
-    for the model's context, and speakers.SpeakerError for a voice that the adapter was not trained with.
+    Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". What a text says
+    follows from the model, the text, its voice and `seed`, not from the others of its batch: of 64 sentences none differed in
+    batches of 1, 4 and 32, in float32 on a CPU; rounding may let one differ elsewhere. The same text twice says the same
+    twice. Every text has its own cap in frames; one that reaches it did not end by itself (`ended` is False: a runaway) and
+    is returned as far as it came.
+
+    With `keep` (keep.Keep) what was said before is found again, by what voice.describe_speech says, and what is new is kept:
+    its codes, each decoded alone, so that it sounds the same to the last bit. Before anything is spoken, raises SpeechError
+    for a text with nothing to say or too long for the model's context, and speakers.SpeakerError for a voice that the
+    adapter was not trained with.
     """
     texts, known = list(texts), get_speakers(model)
     speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
     voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
     speakers = [voices[speaker] for speaker in speakers]
     inner = inner_model(model)
-    generator = torch.Generator(device=inner.device).manual_seed(seed)
     for text, speaker in zip(texts, speakers, strict=True):
         check_text(inner, processor, text, speaker)
-    order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))
-    codes, ended = [None] * len(texts), [False] * len(texts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))  # of like length together
+
+    def make(chosen):
+        chosen = [order[place] for place in chosen]
         batch = generate_codes(inner, processor, [texts[i] for i in chosen], [speakers[i] for i in chosen],
-                               temperature, top_k, generator)
-        for i, (row, done) in zip(chosen, batch, strict=True):
-            codes[i], ended[i] = row, done
-    wavs = decode(inner.codec_model, codes) if codes else []
-    return [Speech(*parts) for parts in zip(texts, wavs, codes, ended, strict=True)]
+                               temperature, top_k, seed)
+        return [{"text": texts[i], "codes": codes.tolist(), "ended": ended}
+                for i, (codes, ended) in zip(chosen, batch, strict=True)]
+
+    if keep is None:
+        starts = range(0, len(order), batch_size)
+        rows = [row for start in starts for row in make(range(start, min(start + batch_size, len(order))))]
+    else:
+        made_of = describe_speech(model, {"temperature": temperature, "top_k": top_k, "seed": seed})
+        keys = [hash_value([texts[i], speakers[i], encode_text(processor, texts[i], speakers[i])]) for i in order]
+        rows = make_once(keep, "spoken", made_of, keys, make, _SCHEMA, batch_size)
+    said = [None] * len(texts)
+    for i, row in zip(order, rows, strict=True):
+        codes = np.array(row["codes"], np.uint16)
+        said[i] = Speech(texts[i], decode(inner.codec_model, [codes])[0], codes, row["ended"])
+    return said
 
 
-def generate_codes(model, processor, texts, speakers, temperature, top_k, generator) -> list[tuple[np.ndarray, bool]]:
+def generate_codes(model, processor, texts, speakers, temperature, top_k, seed) -> list[tuple[np.ndarray, bool]]:
     """One batch of prompts to (codes as uint16 frames x codebooks, ended by itself) per prompt."""
     device, config = model.device, model.config
     prompts = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
     longest, frame_rate = max(map(len, prompts)), model.codec_model.config.frame_rate
-    caps = torch.tensor([int(frame_rate * cap_seconds(text)) for text in texts], device=device)
+    counts = [int(frame_rate * cap_seconds(text)) for text in texts]
+    caps, drawn = torch.tensor(counts, device=device), torch.zeros(len(texts), max(counts), config.num_codebooks)
+    for row, (text, speaker, count) in enumerate(zip(texts, speakers, counts, strict=True)):
+        drawn[row, :count] = draw_numbers(text, speaker, seed, count, config.num_codebooks)
+    drawn = drawn.to(device)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left, so that all rows go on at the same place
@@ -120,10 +159,10 @@ def generate_codes(model, processor, texts, speakers, temperature, top_k, genera
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     frames, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     lengths = caps.clone()
-    for number in range(int(caps.max())):
+    for number in range(max(counts)):
         output = model.backbone_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                                       past_key_values=cache, use_cache=True)
-        frame = generate_frame(model, output.last_hidden_state[:, -1], temperature, top_k, generator)
+        frame = generate_frame(model, output.last_hidden_state[:, -1], temperature, top_k, drawn[:, number])
         stops = (frame == config.codebook_eos_token_id).all(-1) & ~ended & (number < caps)
         lengths[stops] = number
         ended |= stops
@@ -137,15 +176,18 @@ def generate_codes(model, processor, texts, speakers, temperature, top_k, genera
     return [(codes[row, : max(1, int(lengths[row]))], bool(ended[row])) for row in range(len(prompts))]
 
 
-def generate_frame(model, hidden: torch.Tensor, temperature: float, top_k: int, generator) -> torch.Tensor:
-    """All codebooks of one frame, (batch, codebooks), from the backbone's last hidden state (batch, width)."""
+def generate_frame(model, hidden: torch.Tensor, temperature: float, top_k: int, drawn: torch.Tensor) -> torch.Tensor:
+    """All codebooks of one frame, (batch, codebooks), from the backbone's last hidden state (batch, width).
+
+    `drawn` are the frame's random numbers, of the shape of its codebooks.
+    """
     depth, cache = model.depth_decoder, DynamicCache(config=model.config.depth_decoder_config)
     codes = model.codec_model.config.codebook_size  # the vocabulary has a few ids more, which the codec can not decode
-    tokens = [sample(model.lm_head(hidden)[..., :codes], temperature, top_k, generator)]
+    tokens = [sample(model.lm_head(hidden)[..., :codes], temperature, top_k, drawn[:, 0])]
     ids = torch.stack([torch.zeros_like(tokens[0]), tokens[0]], 1)  # position 0 is replaced by the hidden state
-    for _ in range(model.config.num_codebooks - 1):
+    for number in range(1, model.config.num_codebooks):
         state = hidden.clone() if len(tokens) == 1 else None
         output = depth(input_ids=ids, backbone_last_hidden_state=state, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens.append(sample(output.logits[:, -1, :codes], temperature, top_k, generator))
+        tokens.append(sample(output.logits[:, -1, :codes], temperature, top_k, drawn[:, number]))
         ids = tokens[-1][:, None]
     return torch.stack(tokens, 1)

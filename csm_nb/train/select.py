@@ -116,14 +116,14 @@ def draw_texts(language: str, seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def select_checkpoint(model, processor, out_dir, rows, recipe, texts=(), language: str = "", lid=None, asr=None,
-                      speaker_id: str = "0", seed: int = 0, choice: str = "best") -> pd.DataFrame:
+                      speaker_id: str = "0", seed: int = 0, choice: str = "best", keep=None) -> pd.DataFrame:
     """Put the weights of the chosen checkpoint in `out_dir` into `model`; return a table with one row per candidate.
 
     `model` is as train_model leaves it. Candidates are the complete checkpoints of the last third of the steps. The one
     with the lowest loss on held-out clips (measure_clips of `rows`) is chosen. Where there are `texts` (at least 32) and
     judges, another replaces it only if its score is better beyond the 95 % interval over texts. A score alone would often
     choose a worse one: it differs more from seed to seed than from checkpoint to checkpoint (TEXTS). With `choice` "last"
-    the newest is chosen, for comparing trainings instead of checkpoints.
+    the newest is chosen, for comparing trainings instead of checkpoints. `keep` as in judge_model.
 
     Columns: step; held-out loss in nats; where judges were asked, the figures of summarise_speech and by how much the score
     is better than that of the lowest loss (better by, better low, better high); chosen; by loss (whether it has the lowest);
@@ -141,7 +141,7 @@ def select_checkpoint(model, processor, out_dir, rows, recipe, texts=(), languag
         load_weights(model, folder)
         row = {"step": step, "held-out loss": measure_clips(model, processor, rows, recipe).mean()}
         if len(texts) and len(folders) > 1:  # one candidate needs no judge
-            judged.append(judge_model(model, processor, texts, language, lid, asr, speaker_id, seed))
+            judged.append(judge_model(model, processor, texts, language, lid, asr, speaker_id, seed, keep))
             row |= summarise_speech(judged[-1])
         table.append(row)
     table = mark_choice(pd.DataFrame(table), [part.score.to_numpy() for part in judged])
@@ -185,18 +185,20 @@ def find_problem(model, folder) -> str:
     return "" if has_finite_weights(model) else "holds weights that are no numbers"
 
 
-def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0) -> pd.DataFrame:
+def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: str = "0", seed: int = 0,
+                keep=None) -> pd.DataFrame:
     """Return how well `model` speaks each of `texts`: one row per text with CER, right, runaway and score.
 
     `right` is whether the language ID hears `language`, `runaway` whether the clip had not ended at its limit. The score is
     CER + (not right) + runaway, an unweighted sum: 0 is perfect, 3 the worst. A clip's CER counts as 1 at most, so that one
-    clip of babble does not outweigh all others.
+    clip of babble does not outweigh all others. With `keep` (keep.Keep) nothing
+    is spoken or heard that was before.
     """
-    said = speak(model, processor, texts, speaker_id, seed=seed)
+    said = speak(model, processor, texts, speaker_id, seed=seed, keep=keep)
     wavs = [s.wav for s in said]
     table = pd.DataFrame({
-        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs), language).clip(max=1),
-        "right": [max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs)],
+        "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs, keep=keep), language).clip(max=1),
+        "right": [max(scores, key=scores.get) == language for scores in identify_languages(lid, wavs, keep=keep)],
         "runaway": [not s.ended for s in said],
     })
     return table.assign(score=table.CER + ~table.right + table.runaway)

@@ -245,8 +245,8 @@ def test_any_list_of_languages_can_be_told_apart(language, compare, languages):
 
 
 def test_a_number_that_the_recogniser_writes_in_digits_is_no_error(monkeypatch):
-    monkeypatch.setattr("csm_nb.confusion.matrix.transcribe", lambda asr, wavs: [asr] * len(wavs))
-    monkeypatch.setattr("csm_nb.confusion.matrix.identify_languages", lambda lid, wavs: [{"no": 1.0}] * len(wavs))
+    monkeypatch.setattr("csm_nb.confusion.matrix.transcribe", lambda asr, wavs, keep: [asr] * len(wavs))
+    monkeypatch.setattr("csm_nb.confusion.matrix.identify_languages", lambda lid, wavs, keep: [{"no": 1.0}] * len(wavs))
     rows = pd.DataFrame({"language": ["no", "da"], "text": ["Klokka er sju.", "Halvtreds æbler"], "wav": [np.ones(48_000)] * 2})
     judged = judge_speech(rows, None, {"no": "Klokka er 7", "da": "50 æbler"})
     assert judged.cer.tolist() == [0, 0] and not judged.hallucinated.any()

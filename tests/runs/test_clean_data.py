@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from csm_nb.claims import hold
@@ -37,6 +38,15 @@ def test_only_what_no_run_uses_and_nobody_works_in_goes(tmp_path):
         assert clean(find_free(list_kept(runs), everything=False)) == [left]
     assert used.is_dir() and old.is_dir() and not left.exists()
     assert set(clean(find_free(list_kept(runs), everything=True))) == {used, old}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "spoken", "heard"])
+def test_a_folder_in_which_a_shard_or_a_batch_is_being_made_stays(kind, tmp_path):
+    place = tmp_path / "data" / kind / "abc"
+    place.mkdir(parents=True)
+    with hold(place / "part-00000.parquet"):
+        assert clean(list_kept(tmp_path / "runs")) == [] and list_kept(tmp_path / "runs").held.all()
+    assert clean(find_free(list_kept(tmp_path / "runs"))) == [place]
 
 
 def test_without_a_terminal_it_says_what_would_go_and_removes_nothing(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from csm_nb.csm.adapters import load_adapter, start_training
 from csm_nb.csm.load import load_base
 from csm_nb.csm.save import save_adapter
-from csm_nb.speak.generate import SpeechError, cap_seconds, count_letters, generate_codes, speak
+from csm_nb.speak.generate import SpeechError, cap_seconds, count_letters, generate_codes, sample, speak
+from csm_nb.text.sentences import make_sentences
 
 TEXTS = ["The cat is here.", "My brother buys a big red house.", "Where are you?"]
 
@@ -34,6 +35,30 @@ def test_a_batch_says_what_single_sentences_say(base):
         alone = speak(model, processor, [text], temperature=0.0)[0]
         assert np.array_equal(alone.codes, speech.codes)
         assert alone.ended == speech.ended
+
+
+def test_an_utterance_says_the_same_alone_in_four_and_in_32_in_any_order(base):
+    texts = make_sentences("no", 32, 0, "validation")
+    together = dict(zip(texts, speak(*base, texts), strict=True))
+    backwards = dict(zip(texts[::-1], speak(*base, texts[::-1], batch_size=4), strict=True))
+    alone = {text: speak(*base, [text])[0] for text in texts[:8]}
+    for said in (backwards, alone):
+        for text, speech in said.items():
+            assert np.array_equal(speech.codes, together[text].codes) and np.array_equal(speech.wav, together[text].wav)
+            assert speech.ended == together[text].ended
+    twice = speak(*base, [*texts[:2], texts[0]], ["0", "1", "0"])
+    assert np.array_equal(twice[0].codes, twice[2].codes) and not np.array_equal(twice[1].codes, together[texts[1]].codes)
+
+
+def test_codes_are_drawn_as_often_as_they_are_likely_and_only_the_likeliest():
+    logits = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5]).repeat(20_000, 1)
+    drawn = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(sample(logits, 0.7, 3, drawn), minlength=5) / 20_000
+    expected = torch.zeros(5)
+    expected[[1, 2, 4]] = (torch.tensor([2.0, 1.0, 1.5]) / 0.7).softmax(-1)
+    assert torch.allclose(counts, expected, atol=0.01) and counts[[0, 3]].sum() == 0
+    edges = torch.tensor([0.0, 1 - 2**-24])
+    assert sample(logits[:2], 0.7, 3, edges).tolist() == [1, 4] and sample(logits[:2], 0.7, 99, edges).tolist() == [0, 4]
 
 
 def test_the_same_seed_says_the_same_and_another_does_not(base):

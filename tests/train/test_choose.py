@@ -356,13 +356,13 @@ def test_sentences_that_choose_and_report_are_read_nowhere_else():
 def test_a_clip_that_babbles_counts_as_one(monkeypatch):
     given = {}
 
-    def speak(model, processor, texts, speaker, seed):
+    def speak(model, processor, texts, speaker, seed, keep):
         given.update(texts=texts, speaker=speaker, seed=seed)
         return [SimpleNamespace(wav=np.zeros(9), ended=ended) for ended in (True, True, False)]
 
     monkeypatch.setattr(select, "speak", speak)
-    monkeypatch.setattr(select, "transcribe", lambda asr, wavs: [ENGLISH[0], ENGLISH[1], "bla " * 500])
-    monkeypatch.setattr(select, "identify_languages", lambda lid, wavs: [{"no": 0.9, "sv": 0.1}, {"sv": 1.0}, {"sv": 1.0}])
+    monkeypatch.setattr(select, "transcribe", lambda asr, wavs, keep: [ENGLISH[0], ENGLISH[1], "bla " * 500])
+    monkeypatch.setattr(select, "identify_languages", lambda lid, wavs, keep: [{"no": 0.9, "sv": 0.1}, {"sv": 1.0}, {"sv": 1.0}])
     judged = judge_model(None, None, ENGLISH[:3], "no", None, None, "7", 5)
     assert given == {"texts": ENGLISH[:3], "speaker": "7", "seed": 5}
     assert judged.score.tolist() == [0, 1, 3]  # per text: CER + not heard as the language + runaway

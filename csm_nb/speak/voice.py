@@ -1,0 +1,59 @@
+"""What speech is made of: the weights that speak, how they are sampled, and the code; what is kept of it is named by that."""
+
+import re
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from csm_nb import paths
+from csm_nb.csm.load import inner_model
+from csm_nb.csm.weights import hash_weights
+from csm_nb.provenance import hash_code, hash_tensors, hash_value
+
+# What speaking imports and that changes no code of an utterance, or that counts by its content: how files are found and kept,
+# texts and voices, and the codec, which only decodes what was said.
+GIVEN = ("text", "synth", "codec", "hub", "paths", "claims", "keep", "provenance", "csm.save", "csm.speakers", "csm.weights")
+SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # of a config, that change with who wrote it
+
+
+def describe_speech(model, settings: dict) -> dict:
+    """Return all that decides what `model` says to a text and voice, in words and hashes: as it is now, adapter on or off.
+
+    `settings` are those of sampling. Weights count as they are in memory (provenance.hash_tensors), without the codec's; of
+    several adapters the active one, under whichever name. A text's tokens are in its own key, so that a tokenizer is not.
+    """
+    inner = inner_model(model)
+    config = {key: value for key, value in inner.config.to_dict().items() if key not in SETTINGS and key != "codec_config"}
+    device = next(model.parameters()).device.type
+    return {
+        "weights": hash_model(model), "config": hash_value(_drop(config)), "settings": settings,
+        "frame rate": inner.codec_model.config.frame_rate,
+        "computed": {"device": device, "layers": type(inner.backbone_model).__module__},
+        "code": hash_code("from csm_nb.speak import generate", paths.PACKAGE, GIVEN),
+    }
+
+
+def hash_model(model) -> str:
+    """Return a hash of the weights that `model` speaks with, without the codec's: base, and active adapter with its scale.
+
+    It is the same whatever the adapter is called, whether it is trained or only used, and whichever others lie beside it.
+    """
+    inner, active = inner_model(model), None
+    if isinstance(model, PeftModel) and model.get_model_status().enabled is not False:
+        active = model.active_adapter
+    tensors = {}
+    for name, value in inner.named_parameters():
+        part = re.fullmatch(r"(.*\.(?:lora_\w+|modules_to_save))\.([^.]+)(.*)", name)
+        if name.startswith("codec_model.") or part and part[2] != active:
+            continue
+        tensors[part[1] + part[3] if part else re.sub(r"\.(base_layer|original_module)\b", "", name)] = value
+    scales = {name: module.scaling[active] for name, module in inner.named_modules()
+              if isinstance(module, LoraLayer) and active in module.scaling}
+    stored = hash_weights(inner.loaded_from) if getattr(inner, "is_loaded_in_4bit", False) else ""  # 4 bits have a scale beside
+    return hash_value([hash_tensors(tensors), scales, stored])
+
+
+def _drop(value):
+    if isinstance(value, dict):
+        return {str(key): _drop(item) for key, item in value.items() if key not in SETTINGS}
+    return [_drop(item) for item in value] if isinstance(value, list | tuple) else value
