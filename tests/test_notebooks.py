@@ -18,7 +18,7 @@ from csm_nb.corpora.split import split_rows
 from csm_nb.csm import adapters
 from csm_nb.csm.load import load_base
 from csm_nb.manifest import read_manifest, write_manifest
-from csm_nb.paths import NOTEBOOKS, STAGES, resolve_path
+from csm_nb.paths import NOTEBOOKS, PACKAGE, STAGES, resolve_path
 from csm_nb.provenance import read_json
 from csm_nb.runs import __main__
 from csm_nb.runs.params import read_cell
@@ -76,16 +76,19 @@ def test_cells_are_short_and_define_nothing(path):
 def test_a_run_is_opened_under_the_notebook_s_name_and_finished_in_the_last_cell(path):
     cells = code_cells(path)[1]
     assert f'open_run("{path.stem}", globals())' in "".join(cell.source for cell in cells)
-    assert "finish_run(" in cells[-1].source
+    assert "finish_run(" in cells[-1].source or "stage.finish(run" in cells[-1].source
 
 
 @every_notebook
 def test_every_model_is_loaded_where_the_parameter_device_says(path):
-    loads = [node for cell in code_cells(path)[1] for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)
+    sources = [cell.source for cell in code_cells(path)[1]]
+    if any("stage.load_base(run)" in source for source in sources):
+        sources.append((PACKAGE / "runs" / "stage.py").read_text(encoding="utf-8"))
+    loads = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
              and isinstance(node.func, ast.Attribute) and node.func.attr in ("load_codec", "load_base", "load_lid", "load_asr")]
     assert loads
     for load in loads:
-        assert {"device", "run.device"} & set(map(ast.unparse, load.args)), ast.unparse(load)
+        assert "run.device" in map(ast.unparse, load.args) or ast.unparse(load) == "stage.load_base(run)", ast.unparse(load)
 
 
 @every_notebook

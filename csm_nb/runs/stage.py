@@ -53,8 +53,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Training:
-    """What is to be trained: model, data, recipe with its steps, the folder that keeps it (train.place), and the account of
-    what is said and heard on the way (keep.Keep)."""
+    """What is to be trained: model, data, recipe with its steps, the folder that keeps it (train.place).
+
+    `keep` is the account of what is said and heard on the way (keep.Keep).
+    """
 
     model: object
     processor: object
