@@ -26,7 +26,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--audio", help="recordings for 00: a manifest.jsonl or a folder, from the project's root")
     parser.add_argument("--corpus", help="the corpus for 03: a manifest.jsonl or a folder, likewise")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a parameter")
-    parser.add_argument("--jobs", type=int, help="notebooks side by side (default: one a core and a language)")
+    parser.add_argument("--jobs", type=int, help="notebooks side by side (default: as many as cores and languages)")
     parser.add_argument("--force", action="store_true", help="run what is done again, beside the old runs")
     options = parser.parse_args(arguments)
     for stage in options.stages:

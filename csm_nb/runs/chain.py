@@ -184,7 +184,7 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def _ignore_signals():
-    """A second Ctrl-C, or make's SIGTERM beside that of `timeout`, would stop the ending and leave kernels at work."""
+    """Let no second Ctrl-C, or make's SIGTERM beside that of `timeout`, stop the ending and leave kernels at work."""
     mine = threading.current_thread() is threading.main_thread()  # others may not set handlers
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING} if mine else {}
     try:
@@ -334,7 +334,7 @@ def _stop_process(process):
 
 
 def _end_kernel(folder):
-    """A kernel outlives a papermill that was killed; none may, as the next call would train beside it."""
+    """End the kernel of a papermill that was killed, which would outlive it: the next call would train beside it."""
     record = read_json(folder / "run.json")
     if record.get("status") == "running" and is_running(record.get("process")):
         end_processes([record["process"]])

@@ -207,8 +207,10 @@ def name_worker(folder: Path) -> str:
 
 
 def claim_notebook(base: Path):
-    """Return (folder, claim) of the next run of a hash (choose_folder), held until the claim is released: who runs a notebook
-    through papermill holds it, also before there is a kernel, and hands the folder down."""
+    """Return (folder, claim) of the next run of a hash (choose_folder), held until the claim is released.
+
+    Who runs a notebook through papermill holds it, also before there is a kernel, and hands the folder down.
+    """
     while True:
         folder = choose_folder(base)
         lease = claim(folder / NOTEBOOK, 0)
@@ -218,8 +220,10 @@ def claim_notebook(base: Path):
 
 
 def find_orphans(folder: Path) -> list:
-    """Return the processes ([id, start time]) of this host at work on a run's folder whose csm_nb.runs was killed; a notebook
-    that was opened by hand is none. On another host they end by themselves or hold their claim."""
+    """Return the processes ([id, start time]) of this host at work on a run's folder whose csm_nb.runs was killed.
+
+    A notebook that was opened by hand is none. On another host they end by themselves or hold their claim.
+    """
     runner = read_json(folder / RUNNER)
     if not runner.get("runner") or is_running(runner["runner"]):
         return []
@@ -229,7 +233,7 @@ def find_orphans(folder: Path) -> list:
 
 
 def _claim_folder(base):
-    """The folder that the runner handed down, else choose_folder's, held by this process until its run is finished.
+    """Return the folder that the runner handed down, else choose_folder's, held by this process until its run is finished.
 
     The runner decided once, and both have to mean the same.
     """

@@ -129,7 +129,7 @@ def _list_known():
 
 
 def _read_yaml(file):
-    """The place of a parameters file as messages name it, and its content."""
+    """Return the place of a parameters file as messages name it, and its content."""
     path = resolve_path(file)
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
@@ -216,9 +216,11 @@ def _check_recipe(stage, section, origins, where):
 
 
 def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
-    """Raise ParameterError where what effective parameters name can not be used here: a device that is not there, more
-    codebooks than the codec has, more sentences than there are, a package that is missing: what would end a run half way."""
+    """Raise ParameterError where what effective parameters name can not be used here, and would end a run half way.
 
+    That is a device that is not there, more codebooks than the codec has, more sentences than there are, a package that is
+    missing.
+    """
     params = params | params.get("recipe", {})
 
     def refuse(key, message):
@@ -269,7 +271,7 @@ def _count_devices(device, needed, refuse):
 
 
 def _count_codebooks(model, field):
-    """The codebooks of a Mimi or CSM folder by its config; None where that does not say, or the model is not here yet."""
+    """Return the codebooks of a Mimi or CSM folder by its config; None where it does not say, or is not here yet."""
     path = (find_model(model) if model else None) or Path("")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -95,7 +95,7 @@ def check_text(model, processor, text: str, speaker: str = "0") -> None:
 @torch.inference_mode()
 def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
           batch_size: int = 32, keep=None) -> list[Speech]:
-    """Speaks `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
+    """Speak `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
 
     Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". What a text says
     follows from the model, the text, its voice and `seed`, not from the others of its batch: of 64 sentences none differed in
@@ -139,7 +139,7 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
 
 
 def generate_codes(model, processor, texts, speakers, temperature, top_k, seed) -> list[tuple[np.ndarray, bool]]:
-    """One batch of prompts to (codes as uint16 frames x codebooks, ended by itself) per prompt."""
+    """Return, of one batch of prompts, (codes as uint16 frames x codebooks, ended by itself) per prompt."""
     device, config = model.device, model.config
     prompts = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
     longest, frame_rate = max(map(len, prompts)), model.codec_model.config.frame_rate
@@ -177,7 +177,7 @@ def generate_codes(model, processor, texts, speakers, temperature, top_k, seed) 
 
 
 def generate_frame(model, hidden: torch.Tensor, temperature: float, top_k: int, drawn: torch.Tensor) -> torch.Tensor:
-    """All codebooks of one frame, (batch, codebooks), from the backbone's last hidden state (batch, width).
+    """Return all codebooks of one frame, (batch, codebooks), from the backbone's last hidden state (batch, width).
 
     `drawn` are the frame's random numbers, of the shape of its codebooks.
     """

@@ -32,16 +32,21 @@ def show_progress(recipe: Recipe, samples=None) -> list[TrainerCallback]:
 
 
 class PrintProgress(TrainerCallback):
-    """One line every few steps with the losses, gradient norm, rates and the time that is left, that of the `evaluations`
-    (steps) to come in it; time in which `samples` (SpeakSamples) were spoken is none of the steps'."""
+    """One line every few steps with the losses, gradient norm, rates and the time that is left.
+
+    `evaluations` are the steps after which there is one: those to come are in the time. That in which `samples`
+    (SpeakSamples) were spoken is none of the steps'.
+    """
 
     def __init__(self, evaluations=(), samples=None):
         self.evaluations, self.samples, self.start, self.heard, self.evaluating = evaluations, samples, None, 0.0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Remember when the first step began."""
         self.start = self.start or (time.monotonic() - self.count_spoken(), state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print the line."""
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         self.heard += logs.get("audio_seconds", 0.0)
@@ -75,13 +80,16 @@ class LiveFigure(TrainerCallback):
         self.handle, self.drawn = None, 0.0
 
     def on_log(self, args, state, control, **kwargs):
+        """Draw the figure anew, if it is not too soon."""
         if time.monotonic() - self.drawn > REDRAW:
             self.draw(state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Draw the figure of the whole training."""
         self.draw(state)
 
     def draw(self, state):
+        """Show the losses so far, in the place of the figure before."""
         if get_ipython() is None or not state.is_world_process_zero:
             return
         figure = results.draw_losses(state.log_history)
@@ -104,10 +112,12 @@ class SpeakSamples(TrainerCallback):
         self.every, self.out_dir, self.seed, self.seconds = every, Path(out_dir), seed, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Speak before the first step; a training that goes on has done so."""
         if state.is_world_process_zero and not state.global_step:
             self.speak(0)
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Speak every so many steps, but for the last."""
         every, step = self.every or -(-state.max_steps // 2), state.global_step
         if state.is_world_process_zero and step % every == 0 and step < state.max_steps:
             self.speak(step)  # what is said at the end, the notebook asks for itself
@@ -137,6 +147,7 @@ class WriteTensorBoard(TensorBoardCallback):
     """The log for `tensorboard --logdir <output_dir>/tensorboard`; a resumed training goes on in it from its checkpoint."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Open the log, and drop from it what came after the step that the training goes on from."""
         if state.is_world_process_zero:
             self.tb_writer = SummaryWriter(os.path.join(args.output_dir, "tensorboard"), purge_step=state.global_step + 1)
         super().on_train_begin(args, state, control, **kwargs)

@@ -38,8 +38,10 @@ SAMPLES = (((16,) * 2, 2, 2), ((16,) * 4, 2, 2), ((32,) * 4, 2, 2), ((16,) * 2, 
 
 
 class CostError(RuntimeError):
-    """A training that does not fit the memory, or whose checkpoints do not fit the disk. `memory` holds bytes by part,
-    `suggestions` the fields of the recipe, a dict each, with which it would fit; the message says both."""
+    """A training that does not fit the memory, or whose checkpoints do not fit the disk.
+
+    `memory` holds bytes by part, `suggestions` dicts of fields of the recipe with which it would fit; the message says both.
+    """
 
     def __init__(self, message: str, memory: dict, suggestions: list[dict]):
         super().__init__(message)
@@ -47,14 +49,14 @@ class CostError(RuntimeError):
 
 
 def measure_cost(model, processor, rows, recipe: Recipe, steps: int = 3, out_dir=".") -> dict:
-    """What training `model` on token rows will take: checks memory, and the disk that holds `out_dir`, then makes `steps` real
-    steps after one to warm up.
+    """Return what training `model` on token rows will take, measured on `steps` real steps after one to warm up.
 
+    Memory is checked first, and the disk that holds `out_dir`.
     The steps are the Trainer's (forward, backward, clipping, AdamW; the first on the plan's largest batch) at a learning
     rate of 0: no weight, no random number and no mode is another afterwards, but what is trained is float32, as train_model
     makes it. Evaluations, checkpoints and, with several processes, the exchange of gradients are not in it.
 
-    Returns seconds_per_step (the median), audio_seconds_per_step and _per_second and positions_per_second of all processes,
+    Keys are seconds_per_step (the median), audio_seconds_per_step and _per_second and positions_per_second of all processes,
     memory (estimate_memory), disk (estimate_disk), peak_memory (bytes in use in these steps: the GPU's, or the process's on a
     CPU), epochs, hours and price of the whole run (None where the recipe has no price), and plan: the rows of tabulate_cost. For
     other corpora it takes clips packed as densely as these. Raises CostError when memory or disk is too small, before a step
@@ -101,8 +103,10 @@ def measure_cost(model, processor, rows, recipe: Recipe, steps: int = 3, out_dir
 
 
 def describe_cost(cost: dict) -> str:
-    """Return in words what measure_cost found: time of a step, speed, memory, disk for the checkpoints, and times that each
-    clip is heard, with a warning from ten on."""
+    """Return in words what measure_cost found: time per step, speed, memory, disk for the checkpoints.
+
+    Also how often each clip is heard, with a warning from ten times on.
+    """
     memory, disk = cost["memory"], cost["disk"]
     often = f"\neach clip is heard {cost['epochs']:.1f} times"
     if cost["epochs"] >= MANY_EPOCHS:
@@ -114,7 +118,7 @@ def describe_cost(cost: dict) -> str:
 
 
 def tabulate_cost(cost: dict) -> pd.DataFrame:
-    """measure_cost's result as a table: this run and the plan of a language's three trainings, each for three epochs.
+    """Return measure_cost's result as a table: this run and the plan of a language's three trainings, each for three epochs.
 
     Columns: audio (hours that pass through, repeats counted), steps, hours, and price if one was given.
     """
@@ -127,7 +131,7 @@ def tabulate_cost(cost: dict) -> pd.DataFrame:
 
 
 def estimate_disk(model, recipe: Recipe, out_dir=".") -> dict:
-    """Bytes that a training's checkpoints take on the disk of `out_dir`: {"checkpoint", "checkpoints", "needed", "free"}.
+    """Return the bytes that a training's checkpoints take on the disk of `out_dir`: {"checkpoint", "checkpoints", "needed", "free"}.
 
     Each holds what is trained (all weights, if there is no adapter) and AdamW's two moments, in float32. `checkpoints` is how
     many there are at once: those that are kept (checkpoints.prune_checkpoints) and one being written; what earlier ones of
@@ -155,7 +159,7 @@ def estimate_disk(model, recipe: Recipe, out_dir=".") -> dict:
 
 
 def estimate_memory(model, clips: Clips, recipe: Recipe) -> dict:
-    """Bytes that training on `clips` (packing.read_clips) takes, by part: to know before the machine kills it.
+    """Return the bytes that training on `clips` (packing.read_clips) takes, by part: to know before the machine kills it.
 
     model is there already; copies (of weights in half precision, in float32), gradients, optimizer (AdamW's two moments),
     activations (kept for the backward pass of the plan's largest batch), temporary and slack (the allocator's) come on top
@@ -201,7 +205,7 @@ def _estimate(model, clips, recipe):
 
 
 def count_free(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`; of a CPU's memory, its share of what the container leaves."""
+    """Return the bytes that this process may still take on `device`; of CPU memory its share of what the container leaves."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -210,7 +214,7 @@ def count_free(device: torch.device) -> int:
 
 
 def fit_activations(model, recipe: Recipe) -> np.ndarray:
-    """What a training keeps for the backward pass, in bytes for each column of shape_batches: counted on five small rows."""
+    """Return what a training keeps for the backward pass, in bytes per column of shape_batches, counted on five small rows."""
     codebooks = inner_model(model).config.num_codebooks
     batches = [make_sample(*sample, codebooks) for sample in SAMPLES]
     shapes = [_shape([(sum(lengths), sum(n * n for n in lengths), len(lengths) * (text - 1), depth)], model.device)
@@ -220,7 +224,7 @@ def fit_activations(model, recipe: Recipe) -> np.ndarray:
 
 
 def make_sample(lengths, text: int, depth: int, codebooks: int) -> dict:
-    """A batch of one row, as packing.collate makes it, of clips with `text` text positions each and `depth` depth frames."""
+    """Return a batch of one row, as packing.collate makes it: clips with `text` text positions each, `depth` depth frames."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     is_frame = positions >= text
     return {"input_ids": (~is_frame).long(), "codes": is_frame[..., None].long().repeat(1, 1, codebooks), "is_frame": is_frame,
@@ -228,7 +232,7 @@ def make_sample(lengths, text: int, depth: int, codebooks: int) -> dict:
 
 
 def count_activations(model, batch: dict, recipe: Recipe) -> int:
-    """Bytes that one forward pass in training keeps for the backward pass, and of its output, without the model's own."""
+    """Return the bytes that one forward pass in training keeps for the backward pass and of its output, beside the model's own."""
     kept = []
 
     def keep(tensor):
@@ -247,7 +251,7 @@ def count_activations(model, batch: dict, recipe: Recipe) -> int:
 
 
 def shape_batches(clips: Clips, recipe: Recipe, device: torch.device) -> np.ndarray:
-    """What memory grows with, for each batch of the recipe's plan (its first 2,048 rows): (batches, 5).
+    """Return what memory grows with, for each batch of the recipe's plan (its first 2,048 rows): (batches, 5).
 
     1, positions, squares of what attends to each other (the clips on a CPU, whole rows on a GPU), text positions that
     another follows, depth frames.
@@ -269,7 +273,7 @@ def _shape(rows, device):
 
 
 def _plan(clips, recipe, batches=0):
-    """The first rows of the recipe's plan: those that are examined, at least so many batches."""
+    """Return the first rows of the recipe's plan: those that are examined, at least so many batches."""
     whole = recipe.steps * recipe.batch_size * recipe.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     return plan_rows(clips, recipe.max_tokens, max(min(EXAMINED, whole), batches * recipe.batch_size), recipe.seed)
 
@@ -324,7 +328,7 @@ def _count_used(device):
 
 
 def _suggest(fits, clips, recipe):
-    """Changes of the recipe with which it `fits`, the least costly first; several at once only where one is not enough."""
+    """Return changes of the recipe with which it `fits`, the least costly first; several at once only where one is not enough."""
     longest, rows = int(clips.lengths[clips.usable].max()), recipe.batch_size * recipe.gradient_accumulation
     fewer = [{"batch_size": size, "gradient_accumulation": math.ceil(rows / size)}
              for size in range(recipe.batch_size - 1, 0, -1)]
@@ -341,7 +345,7 @@ def _suggest(fits, clips, recipe):
 
 
 def _refuse(model, memory, suggestions, what):
-    """The CostError of a training that `what` ("does not fit"), with all that could be done."""
+    """Return the CostError of a training that `what` ("does not fit"), with all that could be done."""
     parts = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in memory if name not in ("model", "needed", "free"))
     ways = [" and ".join(f"{key}={str(value).lower()}" for key, value in way.items()) for way in suggestions]
     if not isinstance(model, PeftModel):

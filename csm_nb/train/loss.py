@@ -40,7 +40,7 @@ def compute_loss(model, batch: dict, codebook_weights=(), text_weight: float = 0
         weights = torch.tensor(codebook_weights, dtype=torch.float32, device=output.loss.device)
         if len(weights) != inputs["labels"].shape[-1] or weights.min() < 0 or weights.sum() == 0:
             raise TrainingError(f"codebook_weights holds {list(codebook_weights)}; allowed are {inputs['labels'].shape[-1]} "
-                                "numbers of 0 and more, not all 0, one a codebook, or none at all")
+                                "numbers of 0 and more, not all 0, one per codebook, or none at all")
         weights = weights / weights.mean()
         targets = inputs["labels"][batch["depth_frames"]][:, 1:]
         logits = output.depth_decoder_logits.float()

@@ -39,7 +39,7 @@ WAYS_OUT = {
     "gradients reach the backbone": "something on the way is frozen or detached; load anew, and attach with "
                                  "adapters.start_training",
     "gradients reach the depth decoder": "something on the way is frozen or detached; load anew and attach with "
-                                         "csm.start_training",
+                                         "adapters.start_training",
 }
 
 
