@@ -131,7 +131,7 @@ def tabulate_cost(cost: dict) -> pd.DataFrame:
 
 
 def estimate_disk(model, recipe: Recipe, out_dir=".") -> dict:
-    """Return the bytes that a training's checkpoints take on the disk of `out_dir`: {"checkpoint", "checkpoints", "needed", "free"}.
+    """Return the bytes that checkpoints take on the disk of `out_dir`: {"checkpoint", "checkpoints", "needed", "free"}.
 
     Each holds what is trained (all weights, if there is no adapter) and AdamW's two moments, in float32. `checkpoints` is how
     many there are at once: those that are kept (checkpoints.prune_checkpoints) and one being written; what earlier ones of
@@ -232,7 +232,7 @@ def make_sample(lengths, text: int, depth: int, codebooks: int) -> dict:
 
 
 def count_activations(model, batch: dict, recipe: Recipe) -> int:
-    """Return the bytes that one forward pass in training keeps for the backward pass and of its output, beside the model's own."""
+    """Return the bytes that a forward pass keeps for the backward pass and of its output, beside the model's own."""
     kept = []
 
     def keep(tensor):
