@@ -349,7 +349,7 @@ def test_what_a_profile_needs_is_listed_by_language_and_stage_with_size_and_lice
 
 def test_the_recognisers_of_by_language_are_those_that_the_notebook_loads():
     heard = {"run.language": ["sv"], '"en"': ["en"], "code": ["en", "no", "sv"]}
-    shared = (paths.PACKAGE / "runs" / "stage.py").read_text(encoding="utf-8")
+    shared = (paths.PACKAGE / "teaching" / "stage.py").read_text(encoding="utf-8")
     for stage in set(STAGES) - {"01_anchor"}:  # which asks no judge
         source = (paths.NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
         source += shared if "stage.load_judges(run)" in source else ""

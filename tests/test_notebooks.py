@@ -83,7 +83,7 @@ def test_a_run_is_opened_under_the_notebook_s_name_and_finished_in_the_last_cell
 def test_every_model_is_loaded_where_the_parameter_device_says(path):
     sources = [cell.source for cell in code_cells(path)[1]]
     if any("stage.load_base(run)" in source for source in sources):
-        sources.append((PACKAGE / "runs" / "stage.py").read_text(encoding="utf-8"))
+        sources.append((PACKAGE / "teaching" / "stage.py").read_text(encoding="utf-8"))
     loads = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
              and isinstance(node.func, ast.Attribute) and node.func.attr in ("load_codec", "load_base", "load_lid", "load_asr")]
     assert loads
@@ -174,6 +174,18 @@ def test_a_path_beside_the_default_runs_to_its_end(language, stages, values, tmp
     code = __main__.main(["--langs", language, "--profile", "test", "--stages", *stages, "--set", *settings])
     assert code == 0, "".join(capsys.readouterr())
     assert [read_json(done)["verdict"] != "" for done in (tmp_path / "runs").glob("*/*/*/done.json")] == [True] * len(stages)
+
+
+def test_plain_papermill_takes_the_recipe_of_the_last_file_or_of_the_call_whole(tmp_path):
+    command = [sys.executable, "-m", "papermill", "--prepare-only", "notebooks/03_adapter.ipynb", tmp_path / "out.ipynb"]
+    command += ["-f", "params/da.yaml", "-f", "params/mini.yaml"]
+    own_rank = ["-y", "recipe: {rank: 16}"]
+    for more, expected in (([], {"rank": 32, "lr": 1e-3, "steps": 100}), (own_rank, {"rank": 16, "epochs": 3})):
+        subprocess.run([*command, *more], cwd=ROOT, capture_output=True, check=True)
+        values = {}
+        exec("\n".join(cell.source for cell in code_cells(tmp_path / "out.ipynb")[1][:1]), values)  # the cell that it injects
+        own = recipe.pick_fields(values["recipe"], "03_adapter")
+        assert expected.items() <= vars(recipe.Recipe(**own)).items() and ("alpha" in own) == (not more)
 
 
 def test_plain_papermill_runs_a_notebook_too(places, tmp_path):

@@ -1,1 +1,1 @@
-"""The stages: parameters, run folders, headless runs, pages."""
+"""Runs of the notebooks: parameters, folders, the chain of stages, pages."""

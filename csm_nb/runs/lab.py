@@ -14,7 +14,7 @@ from csm_nb import hub, paths
 from csm_nb.languages import get_language
 from csm_nb.paths import STAGES, resolve_path, show_path
 from csm_nb.provenance import hash_value
-from csm_nb.recipe import ParameterError
+from csm_nb.recipe import ParameterError, pick_fields
 from csm_nb.runs.pages import build_index, render
 from csm_nb.runs.params import check_params, find_params, load_params, read_cell
 
@@ -44,6 +44,8 @@ def prepare_notebooks(language: str, profile: str = "mini", place=PLACE) -> list
     made = []
     for stage in STAGES:
         params = check_params(stage, values | {"language": language}, origins)
+        if "recipe" in params:  # what is given, to be changed there; the notebook's table shows all of it
+            params["recipe"] = pick_fields(values.get("recipe", {}), stage)
         notebook = load_notebook_node(str(paths.NOTEBOOKS / f"{stage}.ipynb"))
         notebook = parameterize_notebook(notebook, params, report_mode=False)
         notebook.metadata[MARK] = _hash_cells(notebook)

@@ -229,8 +229,9 @@ def fix_steps(recipe: Recipe, rows, processor, model, out_dir) -> Recipe:
     """
     if recipe.steps:
         return recipe
-    if list_checkpoints(out_dir):
-        return replace(recipe, steps=read_json(Path(out_dir) / LENGTH)["steps"], epochs=0.0)
+    begun = read_json(Path(out_dir) / LENGTH).get("steps") if list_checkpoints(out_dir) else None
+    if begun:
+        return replace(recipe, steps=begun, epochs=0.0)
     inner, world = inner_model(model), int(os.environ.get("WORLD_SIZE", 1))
     clips = read_clips(rows, processor, recipe.max_tokens, inner.codec_model.config.frame_rate,
                        inner.config.max_position_embeddings)
