@@ -147,7 +147,7 @@ def pick_fields(section: dict, stage: str, where: str = "recipe") -> dict:
             raise ParameterError(f"{where}: {name} is {value!r}; allowed are fields of a recipe, such as {{lr: 1.0e-4}}")
         for key in value if name in STAGES else [name]:
             if key not in FIELDS:
-                raise ParameterError(f"{where}: a recipe has no field {key!r}{suggest(key, FIELDS)} Its fields are "
+                raise ParameterError(f"{where}: a recipe has no field {key!r}{suggest(key, [*FIELDS, *STAGES])} Its fields are "
                                      f"{', '.join(FIELDS)}, and the names of stages for fields of their own")
     general = {name: value for name, value in section.items() if name not in STAGES}
     picked = {}

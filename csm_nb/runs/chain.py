@@ -25,7 +25,7 @@ from csm_nb import hub, paths
 from csm_nb.paths import STAGES, resolve_path, show_path
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
-from csm_nb.recipe import ParameterError
+from csm_nb.recipe import FIELDS, ParameterError
 from csm_nb.runs import folders
 from csm_nb.runs.advice import say_next
 from csm_nb.runs.pages import export_html
@@ -99,7 +99,7 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
 def _check_used(overrides, stages):
     for key, value in overrides.items():
         there = [stage for stage in STAGES if (paths.NOTEBOOKS / f"{stage}.ipynb").is_file()]
-        having = [stage for stage in there if key in read_cell(stage)]
+        having = [stage for stage in there if {key, "recipe" if key in FIELDS else key} & read_cell(stage).keys()]
         if not set(having) & set(stages):
             raise ParameterError(f"command line: {key} is {value!r}, a parameter of {', '.join(having)}, and none of the chosen "
                                  f"stages ({', '.join(stages)}) has it; leave it out, or choose a stage that does")

@@ -16,7 +16,7 @@ from conftest import ROOT, write_notebook
 
 from csm_nb import claims, paths, provenance, recipe
 from csm_nb.claims import claim
-from csm_nb.runs import folders, params
+from csm_nb.runs import chain, folders, params
 
 
 @pytest.fixture
@@ -580,7 +580,7 @@ def test_what_is_said_later_replaces_a_profile_s_field_and_its_other_length(over
 @pytest.mark.parametrize(("section", "message"), [
     ({"rnk": 3}, "a recipe has no field 'rnk'; did you mean rank. Its fields are steps, epochs, rank"),
     ({"03_adapter": {"seed": 3}}, "a recipe has no field 'seed'"),
-    ({"03_adaptr": {"lr": 3}}, "a recipe has no field '03_adaptr'"),
+    ({"03_adaptr": {"lr": 3}}, "a recipe has no field '03_adaptr'; did you mean 03_adapter"),
     ({"03_adapter": 3}, "03_adapter is 3; allowed are fields of a recipe"),
     ({"steps": 3, "epochs": 1}, "steps is 3 and epochs 1; give one of the two"),
 ])
@@ -599,6 +599,13 @@ def test_one_field_is_set_from_the_command_line_and_the_rest_of_a_profile_stays(
     assert where == {"rank": "command line", "lr": "command line", "steps": "params/mini.yaml", "dtype": None}
     again = params.check_params("03_adapter", {"recipe": checked})["recipe"]
     assert again == checked  # as the runner hands it down
+
+
+def test_a_field_is_taken_by_a_call_with_a_stage_that_trains_and_refused_by_one_without():
+    task, = chain.plan_tasks(["no"], ["01_anchor"], "mini", {"rank": 16})
+    assert task.params["recipe"]["rank"] == 16 and task.origins["rank"] == "command line"
+    with pytest.raises(recipe.ParameterError, match="rank is 16, a parameter of 01_anchor, 02_synthetic"):
+        chain.plan_tasks(["no"], ["00_mimi_sanity"], "mini", {"rank": 16})
 
 
 def test_a_field_of_the_recipe_at_the_top_of_a_file_is_refused_with_where_it_belongs(tmp_path):
