@@ -188,9 +188,12 @@ def test_without_a_list_nothing_is_known_and_every_voice_is_allowed():
 @pytest.mark.parametrize("stage", ["01_anchor", "02_synthetic", "03_adapter", "05_phonemes"])
 def test_everything_that_speaks_in_a_notebook_does_so_with_the_voice_that_was_trained(stage):
     cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
-    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    notebook = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "stage.train(run, training" in notebook
+    tree = ast.parse(notebook + "\n" + (ROOT / "csm_nb" / "teaching" / "stage.py").read_text())
     calls = [(ast.unparse(node.func), [ast.unparse(argument) for argument in (*node.args, *(key.value for key in node.keywords))])
              for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    speaking = [given for name, given in calls if name in ("generate.speak", "callbacks.SpeakSamples", "select.judge_model")
-                or name == "select.select_checkpoint" and "asr" in given]  # by loss alone, nobody speaks
-    assert len(speaking) >= 2 and all("voice" in given for given in speaking)
+    speaking = [given for name, given in calls if name in ("speak", "generate.speak", "callbacks.SpeakSamples",
+                                                           "select.judge_model", "select.select_checkpoint")]
+    assert len(speaking) >= 5 and all({"data.voice", "training.data.voice", "speak"} & set(given) for given in speaking)
+    assert "**speak" not in notebook or 'speak = {"speaker_ids": data.voice,' in notebook
