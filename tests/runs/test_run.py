@@ -127,7 +127,7 @@ def test_a_notebook_that_never_finishes_its_run_is_a_failure(project):
     (["--set", "lr=1e-4"], "command line: lr is '1e-4'"),
     (["--set", "language=sv"], "language is set by --langs"),
     (["--audio", "nowhere"], "no "),
-    (["--set", "lr=0"], "command line: lr is 0; allowed is above 0 to 1"),
+    (["--set", "clips=0"], "command line: clips is 0; allowed is from 1 on"),
     (["--set", "init_adapter="], "init_adapter is '', a parameter of 02_synthetic, and none of the chosen stages"),
     (["--audio", "empty"], "audio is 'empty': .* nothing of language 'da'; found: no clip at all"),
     (["--audio", "lost.jsonl"], "audio is 'lost.jsonl': none of its 1 files is there, such as .*gone.wav"),
