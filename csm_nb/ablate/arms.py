@@ -24,7 +24,8 @@ from csm_nb.runs.params import check_params
 
 ANCHOR, SYNTHETIC, ADAPTER, JUDGING = STAGES[1:5]
 TRAINED_IN = (ANCHOR, SYNTHETIC, ADAPTER)
-CLIPS = {SYNTHETIC: "synthetic_clips", ADAPTER: "corpus_clips"}
+CLIPS = {SYNTHETIC: "synthetic_clips", ADAPTER: "corpus_clips"}  # what a share is of
+ALL_CLIPS = {ANCHOR: "anchor_clips"} | CLIPS
 SET_BY_ARMS = ("language", "method", "train_text", "init_adapter", "adapters_dir", "compare", "choice")
 
 FROZEN, TRAINED = 4, 6  # FLOPs of a step by weight and position: 2 forward, 2 back to the activations, 2 to a trained weight
@@ -129,14 +130,19 @@ def plan_arm(arm: Arm, params: dict, cost: float) -> dict[str, dict]:
     `params` are those of the stages without an arm, `cost` is what compare_costs says: by so much less are the steps of full
     fine-tuning, so that all arms cost as many FLOPs. An arm of less data has all the steps.
     """
-    steps = {stage: params[stage]["recipe"]["steps"] for stage in TRAINED_IN}
+    lengths = {stage: count_length(stage, params[stage]) for stage in TRAINED_IN}
     if arm.without:
-        left = list(steps)
-        steps[left[left.index(arm.without) + 1]] += steps.pop(arm.without)
+        left = list(lengths)
+        lengths[left[left.index(arm.without) + 1]] += lengths.pop(arm.without)
     changed, before = {}, ""
-    for stage, count in steps.items():
+    for stage, length in lengths.items():
+        length = length / cost if arm.method == "full" else length
         recipe = {"train_text": arm.train_text, "choice": "last"}
-        recipe["steps"] = max(1, round(count / cost)) if arm.method == "full" else count
+        if params[stage]["recipe"]["steps"]:
+            recipe["steps"] = max(1, round(length))
+        else:
+            share = arm.share if stage in CLIPS else 1
+            recipe["epochs"] = length / math.ceil(params[stage][ALL_CLIPS[stage]] / share)
         if arm.rate != 1:
             recipe["lr"] = float(f"{params[stage]['recipe']['lr'] * arm.rate:.3g}")
         own = {"method": arm.method, "init_adapter": before, "recipe": recipe}
@@ -146,12 +152,18 @@ def plan_arm(arm: Arm, params: dict, cost: float) -> dict[str, dict]:
     return changed
 
 
+def count_length(stage: str, params: dict) -> float:
+    """Return how long a stage with these parameters trains: its steps, or the clips that it hears where it counts epochs."""
+    recipe = params["recipe"]
+    return recipe["steps"] or recipe["epochs"] * params[ALL_CLIPS[stage]]
+
+
 def plan_trainings(languages, profile: str = "mini", overrides: dict | None = None, seeds=(), names=()) -> list[Training]:
     """Return the trainings by language, seed and arm, every parameter of every task checked before anything starts.
 
     `seeds` are those of the trainings, by default one, the profile's; `names` are the arms, by default all. `overrides` hold
     for all arms; `sentences` is 24 without one, `seed` is that of the judging: its sentences are the same for every arm and
-    seed. Raises ParameterError, also for what the arms set themselves and for a length in epochs, and hub.ModelError.
+    seed. Raises ParameterError, also for what the arms set themselves, and hub.ModelError.
     """
     overrides = {"sentences": SENTENCES} | (overrides or {})
     for key in SET_BY_ARMS:
@@ -162,9 +174,10 @@ def plan_trainings(languages, profile: str = "mini", overrides: dict | None = No
     for language in dict.fromkeys(languages):
         planned = plan_tasks([language], [*TRAINED_IN, JUDGING], profile, overrides)
         params, origins = ({task.stage: getattr(task, name) for task in planned} for name in ("params", "origins"))
-        if epochs := [stage for stage in TRAINED_IN if not params[stage]["recipe"]["steps"]]:
-            raise ParameterError(f"{', '.join(epochs)} of profile {profile} count epochs, and arms at equal compute are counted "
-                                 "in steps; give them: --set 'recipe={01_anchor: {steps: 500}, ...}' (make ablate SET=...)")
+        by_steps = [stage for stage in TRAINED_IN if params[stage]["recipe"]["steps"]]
+        if 0 < len(by_steps) < len(TRAINED_IN):
+            raise ParameterError(f"{', '.join(by_steps)} of profile {profile} count steps and the others epochs, which arms at "
+                                 "equal compute can not add up; give one of the two for all: --set epochs=3")
         params[ADAPTER]["corpus_clips"] = count_corpus(params[ADAPTER])
         cost = compare_costs(params[ADAPTER])
         for n, seed in enumerate(dict.fromkeys(seeds or [params[JUDGING]["seed"]])):

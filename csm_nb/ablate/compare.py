@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from csm_nb.ablate.arms import GRID, JUDGING, REFERENCE, TRAINED_IN, Training, name_rate
+from csm_nb.ablate.arms import GRID, JUDGING, REFERENCE, TRAINED_IN, Training, count_length, name_rate
 from csm_nb.judge.intervals import share_interval
 from csm_nb.paths import show_path
 from csm_nb.provenance import read_json
@@ -93,13 +93,16 @@ def describe_training(training: Training) -> dict:
     made = [task.folder for stage, task in training.tasks.items() if stage in TRAINED_IN]
     metrics = [read_json(folder / "metrics.json") for folder in made]
     steps = sum(part["trained_steps"] for part in metrics)
-    planned = sum(training.params[stage]["recipe"]["steps"] for stage in TRAINED_IN)
+    planned = sum(count_length(stage, training.params[stage]) for stage in TRAINED_IN)
+    by_steps = training.params[TRAINED_IN[-1]]["recipe"]["steps"]
+    done = steps if by_steps else sum(count_length(stage, task.params) for stage, task in training.tasks.items()
+                                      if stage in TRAINED_IN)
     return {
         "model": training.arm,
         "seed": training.seed,
         "trained parameters (M)": metrics[-1].get("trained_parameters_m", np.nan),
         "steps": steps,
-        "compute": round(steps * training.cost / planned, 3),
+        "compute": round(done * training.cost / planned, 3),
         "seconds": round(sum(read_json(folder / "run.json")["seconds"] for folder in made)),
         "loss": metrics[-1]["last_loss"],
     }

@@ -118,6 +118,17 @@ def test_arms_cost_the_same_and_differ_in_one_thing():
                                             ADAPTER: change(ADAPTER, {"steps": 850}, init_adapter=ANCHOR)}
 
 
+def test_arms_that_count_epochs_hear_as_many_clips():
+    params = {stage: own | {"recipe": {"steps": 0, "epochs": 3.0, "lr": 1e-4}} for stage, own in PARAMS.items()}
+    params[ANCHOR] |= {"anchor_clips": 60}
+    for arm in arms.ARMS:
+        changed = arms.plan_arm(arm, params, 1.5)
+        heard = sum(arms.count_length(stage, params[stage] | own | {"recipe": params[stage]["recipe"] | own["recipe"]})
+                    for stage, own in changed.items())
+        assert heard * (1.5 if arm.method == "full" else 1) == pytest.approx(3 * (60 + 3000 + 201)), arm.name
+    assert arms.plan_arm(arms.ARMS[-3], params, 1.5)[SYNTHETIC]["recipe"]["epochs"] == 24  # an eighth of the clips
+
+
 def test_full_has_the_grid_of_learning_rates_that_lora_has():
     planned = plan()
     for arm, scale in ((REFERENCE, 1.0), ("full", arms.FULL_LR)):
@@ -313,7 +324,7 @@ def test_an_interrupt_ends_the_call_and_the_same_call_goes_on(runner, tmp_path, 
     (["--set", "clipz=3"], "unknown parameter 'clipz'"),
     (["--set", "steps=many"], "command line: steps is 'many'"),
     (["--set", "train_text=true"], "train_text is set by the arms"),
-    (["--profile", "csm-1b"], "count epochs, and arms at equal compute are counted in steps"),
+    (["--set", "recipe={03_adapter: {epochs: 3}}"], "01_anchor, 02_synthetic of profile mini count steps and the others epochs"),
     (["--set", "base_model=models/none"], "models/none"),
     (["--arms", "LoRA", "ful"], "no arm 'ful'; did you mean full? The arms are LoRA; LoRA"),
     (["--langs", "xx"], "no language 'xx' is taught here"),
