@@ -49,7 +49,7 @@ def check_value(name: str, value, default, allowed="[0, inf)"):
                 pass
         if kind is str and not isinstance(value, list | dict):
             hint = '; YAML reads a bare no as false and digits as a number: write them in quotes, such as "no"'
-        kind = list if kind is tuple else kind
+        kind, default = (list, list(default)) if kind is tuple else (kind, default)
         raise ParameterError(f"{found} ({type(value).__name__}); allowed is {kind.__name__}, such as {default!r}{hint}")
     if kind in (list, tuple):
         kinds = {type(item) for item in default[:1]} or {int, float}
@@ -146,6 +146,11 @@ def pick_fields(section: dict, stage: str, where: str = "recipe") -> dict:
         if name in STAGES and not isinstance(value, dict):
             raise ParameterError(f"{where}: {name} is {value!r}; allowed are fields of a recipe, such as {{lr: 1.0e-4}}")
         for key in value if name in STAGES else [name]:
+            if key in STAGES:
+                raise ParameterError(f"{where}: {key} stands in the fields of {name}; allowed is a stage's section beside it, "
+                                     "in the recipe itself")
+            if key == "seed":
+                raise ParameterError(f"{where}: seed is a parameter of its own; write it outside of `recipe:`")
             if key not in FIELDS:
                 raise ParameterError(f"{where}: a recipe has no field {key!r}{suggest(key, [*FIELDS, *STAGES])} Its fields are "
                                      f"{', '.join(FIELDS)}, and the names of stages for fields of their own")

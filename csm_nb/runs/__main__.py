@@ -14,7 +14,7 @@ from csm_nb.processes import count_cores
 from csm_nb.recipe import ParameterError
 from csm_nb.runs.chain import plan_tasks, run_tasks
 from csm_nb.runs.pages import build_index
-from csm_nb.runs.params import RECORDINGS
+from csm_nb.runs.params import RECORDINGS, StrictLoader
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -74,7 +74,7 @@ def read_overrides(words) -> dict:
         if key in overrides:
             raise ParameterError(f"--set: {key} is given twice")
         try:
-            overrides[key] = yaml.safe_load(value) if value else ""
+            overrides[key] = yaml.load(value, StrictLoader) if value else ""
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
             raise ParameterError(f"--set {key}={value}: not readable as YAML ({reason}); a list is [1, 8], a text with "

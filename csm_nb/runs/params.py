@@ -105,7 +105,13 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
     overrides = dict(overrides or {})
     layers = [_read_yaml(file) for file in files]
     alone = {key: overrides.pop(key) for key in list(overrides) if key in FIELDS and key not in known}
-    layers.append(("command line", overrides | ({"recipe": overrides.get("recipe", {}) | alone} if alone else {})))
+    given = overrides.get("recipe", {})
+    if alone and isinstance(given, dict):  # what else it may be is refused below
+        for key in alone.keys() & given.keys():
+            raise ParameterError(f"command line: {key} is given twice, as {alone[key]!r} and in recipe as {given[key]!r}; "
+                                 "leave one")
+        overrides["recipe"] = given | alone
+    layers.append(("command line", overrides))
     for place, content in layers:
         for key in content:
             if key in FIELDS and key not in known:
@@ -121,6 +127,8 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
             origins |= {(stage, field): place for field in pick_fields(recipe, stage, place)}
         values |= content | ({"recipe": merge_recipes(values.get("recipe", {}), recipe)} if recipe else {})
         origins |= dict.fromkeys(content, place)
+    left = {(stage, field) for stage in STAGES for field in pick_fields(values.get("recipe", {}), stage)}
+    origins = {key: place for key, place in origins.items() if isinstance(key, str) or key in left}  # of two lengths, one
     return values, origins
 
 
@@ -135,7 +143,7 @@ def _read_yaml(file):
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
         raise ParameterError(f"{show_path(path)}: no such file; in that folder there are: {others}")
     try:
-        content = yaml.load(read_text(path), _StrictLoader) or {}
+        content = yaml.load(read_text(path), StrictLoader) or {}
     except EncodingError as error:
         raise ParameterError(str(error)) from error
     except (yaml.YAMLError, ValueError, OSError) as error:
@@ -145,15 +153,18 @@ def _read_yaml(file):
     return show_path(path), content
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML in which a key may stand once: of two, plain YAML takes the last without a word."""
 
     def construct_mapping(self, node, deep=False):
+        """Return a mapping as plain YAML does. Raises ValueError for a key that stands twice, with the lines."""
         lines = {}
         for key, _ in node.value:
-            first = lines.setdefault(key.value if isinstance(key, yaml.ScalarNode) else id(key), key.start_mark.line + 1)
-            if first != key.start_mark.line + 1:
-                raise ValueError(f"{key.value} is given twice, in lines {first} and {key.start_mark.line + 1}; leave one")
+            name, line = key.value if isinstance(key, yaml.ScalarNode) else id(key), key.start_mark.line + 1
+            if name in lines:
+                where = f"in lines {lines[name]} and {line}" if lines[name] != line else f"in line {line}"
+                raise ValueError(f"{name} is given twice, {where}; leave one")
+            lines[name] = line
         return super().construct_mapping(node, deep)
 
 
@@ -210,7 +221,9 @@ def _check_recipe(stage, section, origins, where):
     """All fields of the recipe of a stage, those of its section over the defaults; seed is a parameter of its own."""
     given = pick_fields(section, stage, where)
     for name, value in given.items():
-        check_value(f"{origins.get((stage, name), where)}: {name}", value, FIELDS[name].default, FIELDS[name].metadata["allowed"])
+        place = f"{stage}: {name}" if name in section.get(stage, {}) else name  # as it is written in a file
+        one = FIELDS[name]
+        check_value(f"{origins.get((stage, name), where)}: {place}", value, one.default, one.metadata["allowed"])
     recipe = asdict(Recipe(**given))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items() if name in FIELDS}
 

@@ -178,7 +178,8 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     rows = tokens.read_tokens(made["path"], codec)
     train_rows, valid_rows, how = split.split_rows(rows, read_recipe(run.params).max_tokens)
     folders.note_used(run, tokens=made["path"])
-    print(f"{made['encoded']} clips encoded, {made['found']} found; {len(train_rows)} to train on; {how}")
+    found = made["clips"] - made["encoded"]  # here, or in the tokens of another corpus
+    print(f"{made['encoded']} clips encoded, {found} found; {len(train_rows)} to train on; {how}")
     voices = speakers.count_speakers(voices, train_rows)
     voice = speakers.pick_voice(voices)
     print(f"speaks as {voice}")
@@ -191,7 +192,7 @@ def start_training(run: Run, model, processor, data: Encoded) -> Training:
     recipe = read_recipe(run.params)
     model = adapters.start_training(model, run.params.get("method", "lora"), data.before, recipe.rank, recipe.alpha,
                                     recipe.dropout, recipe.train_mlp, recipe.train_text, data.voices, run.seed)
-    print(f"goes on from {folders.show_path(data.before) if data.before else 'the base'}")
+    print(f"goes on from {folders.show_path(data.before) if data.before else 'the base'}{_say_kept(model, recipe, data.before)}")
     display(pd.Series(adapters.describe_adapter(model), name="trained").to_frame())
     texts = [row["text"] for row in data.clips.good]
     display(self_check.prove_model(model, processor, _list_own(run.language), texts))
@@ -199,6 +200,16 @@ def start_training(run: Run, model, processor, data: Encoded) -> Training:
     folders.note_used(run, training=place)
     recipe = trainer.fix_steps(recipe, data.train_rows, processor, model, place)
     return Training(model, processor, data, recipe, place, Keep(run.data))
+
+
+def _say_kept(model, recipe, before):
+    """Return in words what an adapter that is gone on from keeps, where the recipe says otherwise; "" where it does not."""
+    if before is None or not hasattr(model, "peft_config"):
+        return ""
+    own = model.peft_config[model.active_adapter]
+    kept = {"rank": own.r, "alpha": own.lora_alpha, "dropout": own.lora_dropout}
+    other = [f"{name} {value:g}, not {getattr(recipe, name):g}" for name, value in kept.items() if value != getattr(recipe, name)]
+    return f", which keeps its {'; '.join(other)}: the recipe's is for an adapter that begins anew" if other else ""
 
 
 def measure_cost(training: Training) -> pd.DataFrame:

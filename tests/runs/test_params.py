@@ -54,6 +54,22 @@ def test_later_files_and_overrides_win(here):
     assert (checked["lr"], checked["clips"], checked["audio"]) == (2.0e-3, 5, "")
 
 
+def test_a_length_that_another_layer_replaced_is_from_nowhere():
+    values, origins = params.load_params(["params/no.yaml", "params/test.yaml"], {"epochs": 0.5})
+    assert ("01_anchor", "steps") not in origins and ("05_phonemes", "steps") not in origins
+    assert origins["01_anchor", "epochs"] == "command line" and origins["01_anchor", "rank"] == "params/test.yaml"
+    assert params.check_params("01_anchor", values, origins)["recipe"]["steps"] == 0
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"recipe": 3, "rank": 8}, "command line: recipe is 3; allowed are fields"),
+    ({"recipe": {"rank": 16}, "rank": 8}, "command line: rank is given twice, as 8 and in recipe as 16; leave one"),
+])  # fmt: skip
+def test_a_field_alone_beside_a_recipe_is_read_with_it_or_refused(overrides, message):
+    with pytest.raises(recipe.ParameterError, match=message):
+        params.load_params(["params/no.yaml", "params/test.yaml"], overrides)
+
+
 def test_a_comment_with_an_equals_sign_hides_no_parameter(here):
     write_notebook(here / "notebooks" / "00_mimi_sanity.ipynb", 'clips: int = 3  # 3 = enough\nname: str = "a=b"')
     found = params.read_cell("00_mimi_sanity")
@@ -75,7 +91,8 @@ def test_unknown_key_is_refused_with_file_key_and_the_known_ones(here):
 
 @pytest.mark.parametrize("text, message", [("- 1\n", "key: value"), ("a: [\n", "not readable as YAML"),
                                            ("a: 2026-99-99\n", "not readable as YAML"),
-                                           ("lr: 1.0e-3\nseed: 1\nlr: 2.0e-3\n", "lr is given twice, in lines 1 and 3")])
+                                           ("lr: 1.0e-3\nseed: 1\nlr: 2.0e-3\n", "lr is given twice, in lines 1 and 3"),
+                                           ("recipe: {steps: 3, steps: 4}\n", "steps is given twice, in line 1; leave one")])
 def test_a_file_that_is_no_flat_yaml_is_refused(here, text, message):
     (here / "params" / "mini.yaml").write_text(text)
     with pytest.raises(recipe.ParameterError, match=f"params/mini.yaml: .*{message}"):
@@ -579,7 +596,8 @@ def test_what_is_said_later_replaces_a_profile_s_field_and_its_other_length(over
 
 @pytest.mark.parametrize(("section", "message"), [
     ({"rnk": 3}, "a recipe has no field 'rnk'; did you mean rank. Its fields are steps, epochs, rank"),
-    ({"03_adapter": {"seed": 3}}, "a recipe has no field 'seed'"),
+    ({"03_adapter": {"seed": 3}}, "seed is a parameter of its own; write it outside of `recipe:`"),
+    ({"03_adapter": {"01_anchor": {"lr": 3}}}, "01_anchor stands in the fields of 03_adapter; allowed is a stage's"),
     ({"03_adaptr": {"lr": 3}}, "a recipe has no field '03_adaptr'; did you mean 03_adapter"),
     ({"03_adapter": 3}, "03_adapter is 3; allowed are fields of a recipe"),
     ({"steps": 3, "epochs": 1}, "steps is 3 and epochs 1; give one of the two"),

@@ -389,6 +389,7 @@ def test_values_with_spaces_survive_shell_and_make(words, values):
     (["clips"], "--set clips: write KEY=VALUE"),
     (["clips", "seed=1"], "--set clips seed=1: write KEY=VALUE"),
     (["seed=1", "seed=2"], "seed is given twice"),
+    (["recipe={rank: 8, rank: 16}"], "--set recipe=.*rank is given twice, in line 1"),
     (["marks='a"], "not readable as YAML"),
     (["audio=a: b: c"], "not readable as YAML"),
     (["day=2026-99-99"], "not readable as YAML"),
