@@ -50,7 +50,9 @@ def test_a_text_is_found_under_every_label_but_its_own(language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_sentence_of_the_workbook_is_taken_for_another_language(language):
     texts = [text for split in SPLITS for text in make_sentences(language, min(1000, count_sentences(language, split)), 0, split)]
-    assert [text for text in (*texts, *LANGUAGES[language].probes) if find_language(text, language)[0]] == []
+    texts += LANGUAGES[language].probes
+    longer = [" ".join(texts[i : i + 4]) for i in range(len(texts))] + [f"{text} {text} {text} {text}" for text in texts]
+    assert [text for text in (*texts, *longer) if find_language(text, language)[0]] == []
 
 
 def test_a_title_or_a_quotation_makes_no_text_one_of_another_language():
