@@ -7,10 +7,12 @@ import soundfile
 from csm_nb.audio import SAMPLE_RATE, resample, write_audio
 from csm_nb.corpora.check import check_clips, count_kinds, list_remarks
 from csm_nb.corpora.faults import CLIPPED_BOUND, find_flaws, find_pace_fault, find_sound_fault
+from csm_nb.csm.load import load_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError, read_manifest
 from csm_nb.synth.corpus import make_corpus
 from csm_nb.synth.espeak import VOICES, speak_text
+from csm_nb.teaching import stage
 from csm_nb.text.sentences import make_sentences
 
 GOOD = 24
@@ -149,3 +151,14 @@ def test_a_row_in_a_language_that_is_not_of_the_table_is_checked_by_its_sound_al
 def test_a_corpus_of_faults_alone_says_the_first(corpus):
     with pytest.raises(CorpusError, match="none of 1 clips can be used: foreign letters.wav: 10 of the 10 letters"):
         check_clips([row for row, kind in corpus[1] if kind == "foreign letters"])
+
+
+def test_a_stage_shows_how_many_are_left_out_for_what_and_plays_three_of_them(corpus, monkeypatch):
+    shown = []
+    monkeypatch.setattr(stage, "display", shown.append)
+    good, bad = corpus
+    clips = stage.check_clips([*good, *(row for row, _ in bad)], load_base("models/csm-mini", "cpu")[1])
+    assert (len(clips.good), len(clips.set_aside)) == (GOOD, len(bad))
+    tables = [table for table in shown if "kind" in getattr(table, "columns", ())]
+    assert [len(table) for table in tables] == [11, len(bad)]
+    assert [page.data.count("<audio") for page in shown if hasattr(page, "data")] == [3, 3]
