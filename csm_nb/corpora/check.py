@@ -1,31 +1,40 @@
 """Which clips can be used: bad ones are set aside with their reason."""
 
+from hashlib import blake2b
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
+from csm_nb.corpora import faults
 from csm_nb.manifest import CorpusError
-
-TELEPHONE = 8000  # Hz; a sample rate up to which sounds are missing, not only brilliance
-CLIPPING, CLIPPED_SHARE = 0.5, 0.005  # a clip is clipped where more of its samples than this lie at its peak
-SILENCE = 1e-3  # peak below which a clip counts as silent (-60 dBFS)
+from csm_nb.text.normalise import normalise_text
 
 
 def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_text: bool = True,
-                need_one: bool = True) -> tuple[list, list]:
-    """Return (good, set_aside): rows with their true `duration` in seconds, and rows with the `reason` against them.
+                need_one: bool = True, keep_repeats: bool = True) -> tuple[list, list]:
+    """Return (good, set_aside): rows with their true `duration` in seconds, and rows with `kind` and `reason` against them.
 
-    Reasons are missing or unreadable files, a text that can not be decoded, no text or none with a letter or digit in it
-    (with `need_text`), silence, too short and too long. One bad clip stops nothing. Raises CorpusError, with the first reasons,
-    when no clip is good (and `need_one`).
+    Kinds are "unreadable" (also a text that can not be decoded), "silent", "too short", "too long"; and, of clips to learn
+    from (`need_text`), "no text", "foreign letters", "other language", "pace" (letters per second), "clipped", "cut short" and
+    "same audio". What is odd and leaves a clip of use is in its `remarks`, {kind: sentence}: "band-limited", "channels",
+    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. Each file is
+    read once, and one bad clip stops nothing. Raises CorpusError, with the first reasons, when no clip is good (and `need_one`).
     """
-    good, set_aside = [], []
+    good, set_aside, audio, said = [], [], {}, {}
     for row in rows:
-        reason, duration = _find_fault(row, min_seconds, max_seconds, need_text)
-        (set_aside.append(row | {"reason": reason}) if reason else good.append(row | {"duration": duration}))
+        fault, duration, remarks = _look_at(row, min_seconds, max_seconds, need_text, audio)
+        if need_text and not fault:
+            key = row["speaker_id"], row["language"], normalise_text(row["text"])
+            if key in said:
+                repeat = "same text", f"its speaker says the same text in {_name(said[key])}"
+                fault, remarks = (None, remarks | dict([repeat])) if keep_repeats else (repeat, remarks)
+            said.setdefault(key, row)
+        if fault:
+            set_aside.append(row | {"kind": fault[0], "reason": fault[1]})
+        else:
+            good.append(row | {"duration": duration} | ({"remarks": remarks} if remarks else {}))
     if need_one and not good:
         reasons = "; ".join(f"{Path(row['audio_path']).name}: {row['reason']}" for row in set_aside[:3])
         raise CorpusError(f"none of {len(set_aside)} clips can be used: {reasons or 'the corpus is empty'}")
@@ -59,40 +68,48 @@ def check_enough(rows, min_seconds: float = 0.3, max_seconds: float = 30.0) -> N
 
 
 def list_remarks(rows, set_aside) -> pd.DataFrame:
-    """Return what a reader has to know of clips (check_clips): audio_path, used or not, and the reason or remark.
-
-    Remarks on clips that are used: a sample rate that leaves nothing above 4 kHz, several channels, a level that was clipped.
-    """
-    bad = [{"audio_path": row["audio_path"], "used": False, "reason": row["reason"]} for row in set_aside]
-    odd = [{"audio_path": row["audio_path"], "used": True, "reason": "; ".join(found)} for row in rows
-           if (found := _find_flaws(row["audio_path"]))]
-    return pd.DataFrame(bad + odd, columns=["audio_path", "used", "reason"])
+    """Return what a reader has to know of clips (check_clips): audio_path, used or not, kind, and the reason or remark."""
+    bad = [(row["audio_path"], False, row.get("kind", ""), row["reason"]) for row in set_aside]
+    odd = [(row["audio_path"], True, ", ".join(row["remarks"]), "; ".join(row["remarks"].values())) for row in rows
+           if row.get("remarks")]
+    return pd.DataFrame(bad + odd, columns=["audio_path", "used", "kind", "reason"])
 
 
-def _find_flaws(path):
-    info, wav, flaws = soundfile.info(path), read_audio(path), []
-    if info.samplerate <= TELEPHONE:
-        flaws.append(f"{info.samplerate} Hz: nothing above {info.samplerate / 2000:g} kHz")
-    if info.channels > 1:
-        flaws.append(f"{info.channels} channels, averaged")
-    share = np.mean(np.abs(wav) >= 0.99 * max(np.abs(wav).max(), CLIPPING))
-    if share > CLIPPED_SHARE:
-        flaws.append(f"clipped: {share:.1%} of its samples at full scale")
-    return flaws
+def count_kinds(rows, set_aside) -> pd.DataFrame:
+    """Return how many clips (check_clips) were set aside or remarked on for what: kind, used or not, clips, the first reason."""
+    found = [(row.get("kind", ""), False, row["reason"]) for row in set_aside]
+    found += [(kind, True, remark) for row in rows for kind, remark in row.get("remarks", {}).items()]
+    table = pd.DataFrame(found, columns=["kind", "used", "for example"])
+    counts = table.groupby(["used", "kind"], sort=False)["for example"].agg(clips="size", example="first").reset_index()
+    return counts.rename(columns={"example": "for example"})[["kind", "used", "clips", "for example"]]
 
 
-def _find_fault(row, min_seconds, max_seconds, need_text):
+def _name(row):
+    """Return a clip's file with its folder: names repeat from speaker to speaker."""
+    return "/".join(Path(row["audio_path"]).parts[-2:])
+
+
+def _look_at(row, min_seconds, max_seconds, need_text, heard):
+    """Return (fault, seconds, remarks) of a clip; `heard` keeps {hash of the samples: row} of those before that are of use."""
     if row.get("text_fault"):
-        return row["text_fault"], 0.0
-    if need_text and not any(map(str.isalnum, row["text"])):
-        return f"nothing to say in its text {row['text']!r}" if row["text"].strip() else "no text", 0.0
+        return ("unreadable", row["text_fault"]), 0.0, {}
+    if need_text and (fault := faults.find_text_fault(row)):
+        return fault, 0.0, {}
     try:
-        wav = read_audio(row["audio_path"])
+        wav, header = read_audio(row["audio_path"]), soundfile.info(row["audio_path"])
     except (AudioError, OSError) as error:
-        return str(error).removeprefix(f"{row['audio_path']}: "), 0.0
-    seconds = len(wav) / SAMPLE_RATE
-    if np.abs(wav).max() < SILENCE:
-        return "silent", seconds
-    if not min_seconds <= seconds <= max_seconds:
-        return f"{seconds:.2f} s long; allowed are {min_seconds:g} to {max_seconds:g} s", seconds
-    return "", round(seconds, 3)
+        return ("unreadable", str(error).removeprefix(f"{row['audio_path']}: ")), 0.0, {}
+    seconds = round(len(wav) / SAMPLE_RATE, 3)
+    if fault := faults.find_level_fault(wav, min_seconds, max_seconds):
+        return fault, seconds, {}
+    fault, remarks = faults.find_sound_fault(wav), faults.find_flaws(wav, header.samplerate, header.channels)
+    if not need_text:  # nothing is learned from it
+        return None, seconds, remarks | dict([fault] if fault else [])
+    if fault := fault or faults.find_pace_fault(row, seconds):
+        return fault, seconds, {}
+    mark = blake2b(wav.tobytes(), digest_size=16).digest()
+    if before := heard.get(mark):
+        text = "" if before["text"] == row["text"] else f", whose text is {before['text']!r:.60}"
+        return ("same audio", f"the same audio as {_name(before)}{text}"), seconds, {}
+    heard[mark] = row
+    return None, seconds, remarks

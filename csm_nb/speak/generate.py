@@ -1,6 +1,5 @@
 """Generation: many sentences at once, with both decoders cached, capped, and runaways counted."""
 
-import unicodedata
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -15,12 +14,10 @@ from csm_nb.csm.speakers import get_speakers, pick_voice
 from csm_nb.keep import make_once
 from csm_nb.provenance import hash_value
 from csm_nb.speak.voice import describe_speech
+from csm_nb.text.letters import count_letters
 
 # A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
 SECONDS_PER_LETTER, SECONDS_ON_TOP = 0.15, 1.0
-# Letters of what is read as words: a digit, a sign, a letter of an abbreviation. The longest numbers have 13.5 letters per
-# digit (Polish 999,799; English 12, counted with num2words over ten languages), "double-v" and "per cento" have 8 and 9.
-LETTERS_READ_OUT = 14
 _SCHEMA = pa.schema([("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("ended", pa.bool_())])
 
 
@@ -58,16 +55,6 @@ def draw_numbers(text: str, speaker: str, seed: int, frames: int, codebooks: int
     digest = sha256(f"{seed}\0{speaker}\0{text}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return torch.rand(frames, codebooks, generator=generator)
-
-
-def count_letters(text: str) -> int:
-    """Return how many letters `text` has when read out: digits, signs and the letters of abbreviations ("EU") count 14 each.
-
-    Capitals side by side are taken for an abbreviation. That is too many for "1000" and for a shout, which only raises a cap.
-    """
-    read_out = sum(c.isnumeric() or c in "%&@§" or unicodedata.category(c) in ("Sc", "Sm", "So") for c in text)
-    capitals = [run for run in "".join(c if c.isupper() else " " for c in text).split() if len(run) > 1]
-    return len(text) + (LETTERS_READ_OUT - 1) * (read_out + sum(map(len, capitals)))
 
 
 def cap_seconds(text: str) -> float:

@@ -1,5 +1,6 @@
 """What 01, 02 and 03 do alike, a call per cell: load, look at the clips, encode, attach, train, select, judge, save."""
 
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from csm_nb.audio import read_audio
+from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import check, split, tokens
 from csm_nb.corpora.sources import load_corpus
@@ -19,6 +20,7 @@ from csm_nb.keep import Keep
 from csm_nb.languages import get_language
 from csm_nb.manifest import read_manifest
 from csm_nb.paths import resolve_path
+from csm_nb.provenance import write_json
 from csm_nb.recipe import FIELDS, Recipe, read_recipe
 from csm_nb.runs import folders
 from csm_nb.runs.folders import Run
@@ -28,6 +30,8 @@ from csm_nb.synth.corpus import HELD_OUT_VOICES, make_corpus
 from csm_nb.text.sentences import draw_prompts, make_sentences, spell_alphabet
 from csm_nb.train import callbacks, cost, select, self_check, trainer
 from csm_nb.train.place import place_training
+
+LONGEST_HEARD = 10  # s of a clip that is set aside: enough to hear why
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,9 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
 def check_clips(rows, processor) -> Clips:
     """Return the clips that can be trained on, and show what they are: the corpus card, and what is lost.
 
-    Hours, voices and lengths; three clips to hear, a short one, a middling and a long one; the clips that were set aside
-    with the reason; the characters that the tokenizer has no token for.
+    Hours, voices and lengths; three clips to hear, a short one, a middling and a long one; how many clips are set aside or
+    remarked on for what, up to three of the former to hear, and each with its reason; the characters that the tokenizer has
+    no token for.
     """
     clips = Clips(*check.check_clips(rows))
     seconds = np.array([row["duration"] for row in clips.good])
@@ -144,10 +149,23 @@ def check_clips(rows, processor) -> Clips:
     order = np.argsort(seconds, kind="stable")
     heard = dict.fromkeys(int(order[round(share * (len(order) - 1))]) for share in (0.1, 0.5, 0.9))
     display(players.players([(clips.good[i]["text"], read_audio(clips.good[i]["audio_path"])) for i in heard], columns=3))
-    if clips.set_aside:
-        display(pd.DataFrame(clips.set_aside, columns=["audio_path", "reason"]))
+    _show_faults(clips)
     _list_unknown(processor, clips)
     return clips
+
+
+def _show_faults(clips):
+    kinds = check.count_kinds(clips.good, clips.set_aside)
+    if len(kinds):
+        display(kinds)
+    heard = []
+    for row in {row["kind"]: row for row in reversed(clips.set_aside)}.values():  # one of each kind
+        with suppress(AudioError, OSError):
+            heard.append((f"{row['kind']}: {row['text']}", read_audio(row["audio_path"])[: LONGEST_HEARD * SAMPLE_RATE]))
+    if heard:
+        display(players.players(heard[:3], columns=3))
+    if clips.set_aside:
+        display(pd.DataFrame(clips.set_aside, columns=["audio_path", "kind", "reason"]))
 
 
 def _list_unknown(processor, clips):
@@ -169,8 +187,10 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     """Return the clips as codec tokens of the base model's codec, parted into training and held out, speakers numbered.
 
     `corpus` is where the clips are from, if not from espeak-ng. Only what is not in data/tokens yet is encoded. The table
-    that is shown says who speaks.
+    that is shown says who speaks; the run keeps the list of clips that were set aside (set_aside.json).
     """
+    if clips.set_aside:
+        write_json(run.dir / "set_aside.json", clips.set_aside)
     before = folders.find_adapter(run.params.get("init_adapter", ""), run)
     good, voices = speakers.number_speakers(clips.good, corpus, before)
     codec = load_codec(run.base_model, run.device)

@@ -134,10 +134,11 @@ def test_every_kind_of_bad_clip_is_set_aside_with_its_reason(tmp_path):
     assert [row["duration"] for row in good] == [1.0]
     for row, reason in zip(set_aside, ("no such", "not readable", "no text", "silent", "0.10 s", "31.00 s"), strict=True):
         assert reason in row["reason"]
+    assert [row["kind"] for row in set_aside] == ["unreadable", "unreadable", "no text", "silent", "too short", "too long"]
 
 
 def test_a_clip_longer_than_the_limit_that_was_given_is_set_aside(tmp_path):
-    rows = [make_row(write_audio(tmp_path / f"{s}.wav", np.tile(TONE, s))) for s in (1, 2, 31)]
+    rows = [make_row(write_audio(tmp_path / f"{s}.wav", np.tile(TONE, s)), text="Hej med dig. " * s) for s in (1, 2, 31)]
     for limit, kept in ((1.5, 1), (2.0, 2), (40.0, 3)):
         good, set_aside = check_clips(rows, max_seconds=limit)
         assert len(good) == kept and all(f"allowed are 0.3 to {limit:g} s" in row["reason"] for row in set_aside)
@@ -157,8 +158,10 @@ def test_what_is_odd_about_a_clip_that_is_used_is_said(tmp_path):
     write_audio(tmp_path / "clipped.wav", np.clip(30 * TONE, -1, 1))
     rows = [make_row(write_audio(tmp_path / "good.wav", TONE))]
     rows += [make_row(tmp_path / f"{name}.wav") for name in ("telephone", "stereo", "clipped")]
+    rows, _ = check_clips(rows, need_text=False)
     remarks = list_remarks(rows, [make_row(tmp_path / "gone.wav") | {"reason": "no such audio file"}])
     assert remarks.used.tolist() == [False, True, True, True]
+    assert remarks.kind.tolist() == ["", "band-limited", "channels", "clipped"]
     for reason, said in zip(remarks.reason, ("no such", "nothing above 4 kHz", "2 channels", "full scale"), strict=True):
         assert said in reason
 
@@ -221,7 +224,7 @@ def test_a_row_that_parquet_will_not_take_is_refused_before_anything_is_encoded(
 
 def test_a_transcript_in_another_encoding_sets_its_clip_aside_and_no_other(tmp_path):
     for name, data in {"a": "Blåbær.".encode(), "b": "Blåbær.".encode("latin-1"), "c": "Blåbær.".encode("utf-16")}.items():
-        write_audio(tmp_path / f"{name}.wav", TONE)
+        write_audio(tmp_path / f"{name}.wav", TONE[: -ord(name)])
         (tmp_path / f"{name}.txt").write_bytes(data)
     good, set_aside = check_clips(load_corpus(tmp_path, "da"))
     assert [row["text"] for row in good] == ["Blåbær.", "Blåbær."]
@@ -230,8 +233,9 @@ def test_a_transcript_in_another_encoding_sets_its_clip_aside_and_no_other(tmp_p
 
 
 def test_a_manifest_line_in_another_encoding_sets_its_clip_aside_with_its_line(tmp_path):
-    line = json.dumps(make_row(write_audio(tmp_path / "a.wav", TONE), text="på"), ensure_ascii=False)
-    (tmp_path / "manifest.jsonl").write_bytes(line.encode() + b"\n" + line.encode("latin-1") + b"\n" + line.encode())
+    lines = [json.dumps(make_row(write_audio(tmp_path / f"{i}.wav", TONE[i:]), text="på"), ensure_ascii=False) for i in range(3)]
+    data = [line.encode("latin-1" if i == 1 else "utf-8") for i, line in enumerate(lines)]
+    (tmp_path / "manifest.jsonl").write_bytes(b"\n".join(data))
     for need_text in (True, False):
         good, set_aside = check_clips(read_manifest(tmp_path / "manifest.jsonl"), need_text=need_text)
         assert [row["text"] for row in good] == ["på", "på"]
@@ -261,6 +265,6 @@ def test_a_clip_whose_name_is_in_the_other_unicode_form_is_found(tmp_path, writt
 
 
 def test_a_text_without_a_letter_or_digit_is_nothing_to_say(tmp_path):
-    audio = write_audio(tmp_path / "a.wav", TONE)
-    good, set_aside = check_clips([make_row(audio, text=text) for text in ("...", "-", "7", "nå")])
+    rows = [make_row(write_audio(tmp_path / f"{i}.wav", TONE[i:]), text=text) for i, text in enumerate(("...", "-", "7", "nå"))]
+    good, set_aside = check_clips(rows)
     assert [row["text"] for row in good] == ["7", "nå"] and "nothing to say in its text '...'" in set_aside[0]["reason"]

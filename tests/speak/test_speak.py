@@ -7,7 +7,7 @@ import torch
 from csm_nb.csm.adapters import load_adapter, start_training
 from csm_nb.csm.load import load_base
 from csm_nb.csm.save import save_adapter
-from csm_nb.speak.generate import SpeechError, cap_seconds, count_letters, generate_codes, sample, speak
+from csm_nb.speak.generate import SpeechError, cap_seconds, generate_codes, sample, speak
 from csm_nb.text.sentences import make_sentences
 
 TEXTS = ["The cat is here.", "My brother buys a big red house.", "Where are you?"]
@@ -108,11 +108,6 @@ def test_a_text_that_does_not_fit_the_context_is_refused_with_the_limit(base, mo
 ])
 def test_the_cap_is_by_what_will_be_said(text, words):
     assert cap_seconds(text) >= cap_seconds(words) and cap_seconds(words) == 0.15 * len(words) + 1
-
-
-def test_plain_words_count_their_letters():
-    for text in (*TEXTS, "Jeg vet ikke. Å nei!", "I am here"):
-        assert count_letters(text) == len(text)
 
 
 def test_nothing_asked_is_nothing_said(base):
