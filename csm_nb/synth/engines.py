@@ -100,7 +100,8 @@ def make_spoken(texts, language: str, out_dir, engine: Engine, voices=(), budget
           f"{characters:,} characters, {purse.cost(characters):.2f} of a budget of {budget:.2f}")
     if purse.cost(characters) > budget:
         raise EngineError(f"{len(missing)} clips cost {purse.cost(characters):.2f} ({characters:,} characters at "
-                          f"{engine.price:g} per million), and the budget is {budget:.2f}: raise it, or ask for fewer; nothing was asked for")
+                          f"{engine.price:g} per million), and the budget is {budget:.2f}: raise it, or ask for fewer; nothing "
+                          "was asked for")
     failed = _speak_all(missing, engine, heard_as, purse)
     write_json(out_dir / "failed.json", failed)
     rows = [{"text": text, "audio_path": str(path), "speaker_id": f"{engine.name}-{voice}", "language": language,
