@@ -48,7 +48,8 @@ HANDED_DOWN = "CSM_NB_RUN_DIR"  # the environment variable by which the runner t
 RUNNER = "runner.json"  # in a run's folder: which processes of csm_nb.runs and papermill are at work on it, on their host
 # In a run's folder: what its kernel claims, and what is claimed by who runs it through papermill.
 RECORD, NOTEBOOK = "run.json", "notebook.ipynb"
-QUIET = {*PLACES, "log_every", "save_every", "keep_checkpoints"}  # parameters that change no number and nothing that is shown
+# Parameters that change no number and nothing that is shown
+QUIET = {*PLACES, "log_every", "save_every", "keep_checkpoints", "price", "budget", "concurrency"}
 _HELD = {}  # the claim on the folder that this process's notebook writes to
 
 

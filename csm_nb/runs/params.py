@@ -18,6 +18,7 @@ from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
 from csm_nb.recipe import FIELDS, ParameterError, Recipe, check_value, merge_recipes, pick_fields, suggest
+from csm_nb.synth import engines
 from csm_nb.text.sentences import count_sentences
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
@@ -186,6 +187,11 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
                 get_language(code)
         except ValueError as error:
             raise ParameterError(f"{found}: {error}") from error
+        if key == "engine" and value:
+            try:
+                engines.read_engine(value)
+            except engines.EngineError as error:
+                raise ParameterError(f"{origin}: {error}") from error
         if key == "recipe":
             effective[key] = _check_recipe(stage, value, origins or {}, origin)
         if key == "device" and not re.fullmatch(DEVICES, value):
@@ -257,6 +263,12 @@ def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
             refuse(key, f"{params[model]} has {count} codebooks; allowed are numbers from 1 to {count}")
         if key == "codebook_weights" and given and (len(given) != (count or len(given)) or not any(given)):
             refuse(key, f"{params[model]} has {count} codebooks; allowed are as many weights, not all 0, or none at all: []")
+    if params.get("engine"):
+        try:
+            engine, voices, _ = engines.read_engine(params["engine"])
+            engines.check_engine(engine, params["language"], voices)
+        except engines.EngineError as error:
+            refuse("engine", str(error))
     _check_sentences(params, refuse)
     for key in ("runs_dir", "adapters_dir"):
         place = resolve_path(params.get(key, "."))

@@ -27,6 +27,7 @@ from csm_nb.runs.folders import Run
 from csm_nb.show import players, results, sound
 from csm_nb.speak.generate import speak
 from csm_nb.synth.corpus import HELD_OUT_VOICES, make_corpus
+from csm_nb.synth.engines import make_spoken, read_engine
 from csm_nb.text.sentences import draw_prompts, make_sentences, spell_alphabet
 from csm_nb.train import callbacks, cost, select, self_check, trainer
 from csm_nb.train.place import place_training
@@ -106,13 +107,24 @@ def _list_own(language):
 
 
 def make_speech(run: Run, language: str, count: int, seed: int, **how) -> list[dict]:
-    """Return the rows of `count` sentences of `language` spoken by espeak-ng (synthetic), in the run's folder.
+    """Return the rows of `count` sentences of `language`, spoken by espeak-ng or by the run's `engine` (synthetic).
 
-    `how` is that of synth.corpus.make_corpus: other voices, or `spoken_as` for the accent of another language.
+    `how` is that of synth.corpus.make_corpus: other voices, or `spoken_as` for the accent of another language. What another
+    engine spoke stays in data/synthetic for all runs, as it may have cost money.
     """
     prompts, drawn = draw_prompts(language, count, seed)
     print(drawn)
-    return read_manifest(make_corpus(prompts, language, run.dir / "corpus", **how))
+    if not run.params.get("engine"):
+        return read_manifest(make_corpus(prompts, language, run.dir / "corpus", **how))
+    engine, voices, budget = read_engine(run.engine)
+    spoken = make_spoken(prompts, language, run.dir / "corpus", engine, voices, budget, how.get("spoken_as"),
+                         run.data / "synthetic" / engine.name)
+    return read_manifest(spoken)
+
+
+def name_engine(run: Run) -> str:
+    """Return what spoke the run's synthetic clips, for the model's card."""
+    return f"{run.params.get('engine', {}).get('name', 'espeak-ng')} (synthetic)"
 
 
 def read_corpus(run: Run) -> tuple[list[dict], dict]:
