@@ -8,6 +8,7 @@ import pyarrow as pa
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
 from csm_nb.corpora.cut import cut_clips
 from csm_nb.corpora.layouts import find_layout
+from csm_nb.corpora.listed import find_listed
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.manifest import SUFFIXES, CorpusError, read_manifest
 from csm_nb.paths import resolve_path
@@ -51,9 +52,12 @@ def list_rows(source, language: str) -> list[dict]:
 def _read_source(source, code):
     if not source.is_dir():
         return read_manifest(source)
+    entry = find_listed(code, source)
+    if entry.get("config") and (source / entry["config"]).is_dir():  # of several languages in one download
+        source /= entry["config"]
     read = find_layout(source)
     try:
-        return read(source, code) if read else _read_folder(source, code)
+        return read(source, code, entry.get("columns")) if read else _read_folder(source, code)
     except (EncodingError, OSError, pa.ArrowException) as error:
         raise CorpusError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
 
