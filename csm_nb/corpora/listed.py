@@ -1,5 +1,6 @@
 """The corpora that params/<language>.yaml lists: taken by name, and held to what their licences allow."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -69,7 +70,7 @@ def find_listed(language: str, corpus) -> dict:
 
     Of a corpus elsewhere nothing is known, whatever its folder is called.
     """
-    place, home = resolve_path(corpus).resolve(), (paths.ROOT / PLACE).resolve()
+    place, home = Path(os.path.abspath(resolve_path(corpus))), paths.ROOT / PLACE  # a link there may lead to another disk
     return list_corpora(language).get(place.relative_to(home).parts[0], {}) if home in place.parents else {}
 
 

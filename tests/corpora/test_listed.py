@@ -75,6 +75,13 @@ def test_a_name_is_its_folder_or_says_what_to_fetch_how_large_it_is_and_where_to
     assert take_corpus("", "my/manifest.jsonl", "da") == "my/manifest.jsonl"
 
 
+def test_a_link_to_another_disk_is_the_listed_corpus_too(project):
+    make_clips(project / "disk/x")
+    (project / "data/corpora").mkdir(parents=True)
+    (project / "data/corpora/lent").symlink_to(project / "disk/x")
+    assert find_listed("da", take_corpus("", "lent", "da")) == LISTED["lent"]
+
+
 def test_of_several_languages_in_one_download_the_listed_one_is_read(project):
     make_clips(project / "data/corpora/nst/dk")
     make_clips(project / "data/corpora/nst/se")
