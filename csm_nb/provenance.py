@@ -60,10 +60,14 @@ def hash_folder(folder: Path) -> str:
 def hash_recordings(path: Path) -> str:
     """Return a hash of a folder of audio (names and bytes) or of a manifest (its bytes, and those of its clips).
 
-    So a file whose bytes were changed counts, even if it kept its name and size (hash_files).
+    So a file whose bytes were changed counts, even if it kept its name and size (hash_files). The recordings that a Kaldi
+    folder's wav.scp names count wherever they lie.
     """
     if path.is_dir():
         files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+        if "wav.scp" in files:
+            named = [line.split(maxsplit=1)[-1].strip() for line, _ in read_lines(path / "wav.scp") if line.strip()]
+            files |= {f"wav.scp {number}": find_file(path / name) for number, name in enumerate(named)}
         return hash_value(list(zip(files, hash_files(files.values()), strict=True)))
     clips = []
     try:

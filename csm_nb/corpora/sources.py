@@ -1,26 +1,42 @@
-"""From a source to rows: a manifest, or a folder of clips with texts."""
+"""From a source to rows: a manifest, a folder of clips with texts, or a corpus as it is published (corpora.layouts)."""
 
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
+from csm_nb.corpora.cut import cut_clips
+from csm_nb.corpora.layouts import find_layout
+from csm_nb.corpora.listed import find_listed
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.manifest import SUFFIXES, CorpusError, read_manifest
 from csm_nb.paths import resolve_path
 
 
 def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) -> list[dict]:
-    """Return the rows of `language` in a manifest, or all clips of a folder: at most `limit`, drawn by `seed`.
+    """Return the rows of `language` in a corpus (list_rows), at most `limit`, drawn by `seed`, each with a file of its own.
 
-    A folder's clips take their text from a .txt of the same name beside them, else none, and the folder they lie in as
-    speaker; a text that can not be decoded leaves its clip for check_clips to set aside (`text_fault`). Raises CorpusError when
-    there is nothing of the language, naming what there is.
+    Only what is drawn is cut from longer recordings, or written out of Parquet (corpora.cut).
+    """
+    chosen = list_rows(source, language)
+    if limit is not None and limit < len(chosen):
+        chosen = [chosen[i] for i in sorted(np.random.default_rng(seed).permutation(len(chosen))[:limit])]
+    return cut_clips(chosen)
+
+
+def list_rows(source, language: str) -> list[dict]:
+    """Return the rows of `language` in a manifest or a folder, as they are: nothing is drawn, and nothing cut.
+
+    A folder is a manifest.jsonl, a published layout (layouts.find_layout), or else clips: these take their text from a .txt
+    of the same name beside them, else none, and the folder they lie in as speaker; a text that can not be decoded leaves its
+    clip for check_clips to set aside (`text_fault`). Raises CorpusError when there is nothing of the language, naming what
+    there is.
     """
     source, code = resolve_path(source), get_language(language).code
     if source.is_dir() and (source / "manifest.jsonl").is_file():
         source = source / "manifest.jsonl"
-    rows = _read_folder(source, code) if source.is_dir() else read_manifest(source)
+    rows = _read_source(source, code)
     chosen = [row for row in rows if row["language"] == code]
     if not chosen:
         found = ", ".join(sorted({str(row["language"]) for row in rows})) or "no clip at all"
@@ -30,9 +46,20 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
             among = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(5)) or "no files"
             allowed = f"among {among}; clips are {' '.join(SUFFIXES)} (others: ffmpeg -i clip.m4a clip.wav)"
         raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}; {allowed}")
-    if limit is None or limit >= len(chosen):
-        return chosen
-    return [chosen[i] for i in sorted(np.random.default_rng(seed).permutation(len(chosen))[:limit])]
+    return chosen
+
+
+def _read_source(source, code):
+    if not source.is_dir():
+        return read_manifest(source)
+    entry = find_listed(code, source)
+    if entry.get("config") and (source / entry["config"]).is_dir():  # of several languages in one download
+        source /= entry["config"]
+    read = find_layout(source)
+    try:
+        return read(source, code, entry.get("columns")) if read else _read_folder(source, code)
+    except (EncodingError, OSError, pa.ArrowException) as error:
+        raise CorpusError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
 
 
 def _read_folder(folder, language):

@@ -145,7 +145,7 @@ def _read_file(key, path, language):
     from csm_nb.prosody import marks
 
     if key in RECORDINGS:
-        return sources.load_corpus(path, language)
+        return sources.list_rows(path, language)
     return marks.read_marks(path) if key == "marks" else ipa.read_lexicon(path)
 
 

@@ -13,6 +13,7 @@ from filelock import Timeout
 
 from csm_nb import paths
 from csm_nb.claims import MOMENT, claim, is_held, name_holder
+from csm_nb.corpora.listed import find_listed
 from csm_nb.hub import find_model, list_models
 from csm_nb.languages import LANGUAGES
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
@@ -96,7 +97,7 @@ def find_inputs(params: dict) -> dict[str, dict]:
     """Return {name: {"path", "hash"}} of the files and models that a stage's effective parameters name.
 
     Models hash as their weights and settings, a hub id that is not under models/ as itself, a manifest and a folder of audio
-    as all their bytes. Where languages are compared, each adapter in `adapters_dir` is
+    as all their bytes, a listed corpus also as how it is read. Where languages are compared, each adapter in `adapters_dir` is
     an input.
     """
     inputs = {}
@@ -108,7 +109,9 @@ def find_inputs(params: dict) -> dict[str, dict]:
         inputs[key] = {"path": ", ".join(shown), "hash": digests[0] if len(digests) == 1 else hash_value(digests)}
     for key in RECORDINGS:
         if params.get(key):
-            inputs[key] = {"path": show_path(params[key]), "hash": hash_recordings(resolve_path(params[key]))}
+            content, read = hash_recordings(resolve_path(params[key])), find_listed(params["language"], params[key])
+            read = [read.get("config"), read.get("columns")]  # how it is read changes its rows
+            inputs[key] = {"path": show_path(params[key]), "hash": hash_value([content, read]) if any(read) else content}
     for key in FILES:
         if params.get(key):
             path = resolve_path(params[key])

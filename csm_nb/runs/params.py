@@ -14,6 +14,7 @@ import yaml
 
 from csm_nb import paths
 from csm_nb.clean import EncodingError, read_text
+from csm_nb.corpora.listed import check_listed, list_corpora, take_corpus
 from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
@@ -98,7 +99,8 @@ def read_cell(stage: str) -> dict[str, Parameter]:
 def load_params(files=(), overrides=None) -> tuple[dict, dict]:
     """Return (values, origins) of YAML files, later ones over earlier ones, and of `overrides` over all.
 
-    Files are flat but for their section `recipe` (recipe.pick_fields); an override may name a field of it alone (`rank`).
+    Files are flat but for their section `recipe` (recipe.pick_fields), of which an override may name a field alone (`rank`),
+    and a language's own for its list of `corpora` (corpora.listed), which is checked and left out.
     `origins` says for each key, and each field of the recipe, which file (or "command line") its value is from. Raises
     ParameterError for a file that is missing or no such YAML, and for a key that no notebook has.
     """
@@ -114,6 +116,8 @@ def load_params(files=(), overrides=None) -> tuple[dict, dict]:
         overrides["recipe"] = given | alone
     layers.append(("command line", overrides))
     for place, content in layers:
+        if "language" in content:  # a language's own file, which lists its corpora (corpora.listed)
+            check_listed(place, content.pop("corpora", {}))
         for key in content:
             if key in FIELDS and key not in known:
                 raise ParameterError(f"{place}: {key} is a field of the recipe; write it under `recipe:`")
@@ -209,8 +213,13 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
                                  f"({', '.join(TRAINING[: STAGES.index(stage) - 1])}), the folder of an adapter, or empty")
         if key in ("runs_dir", "adapters_dir") and not value.strip():
             raise ParameterError(f"{found}; allowed is a folder, such as {parameter.default!r}")
+        if key in RECORDINGS and value:
+            effective[key] = value = take_corpus(found, value, effective["language"], key == "corpus")
         if key in (*RECORDINGS, *FILES) and value and not resolve_path(value).exists():
-            allowed = "a manifest.jsonl, a folder of audio" if key in RECORDINGS else "a file" + " or a folder" * (key == "marks")
+            allowed = "a file" + " or a folder" * (key == "marks")
+            if key in RECORDINGS:
+                names = ", ".join(list_corpora(effective["language"])) or "none"
+                allowed = f"a manifest.jsonl, a folder of audio or of a published corpus, the name of a listed one ({names})"
             raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
                                  "at the project's root)")
     return effective

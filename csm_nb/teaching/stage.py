@@ -10,7 +10,7 @@ from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.codec.mimi import load_codec
-from csm_nb.corpora import check, split, tokens
+from csm_nb.corpora import check, listed, split, tokens
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.csm import adapters, load, save, speakers
 from csm_nb.fidelity import gate
@@ -134,7 +134,7 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     """
     if run.corpus:
         rows = load_corpus(run.corpus, run.language, run.corpus_clips, run.seed)
-        card = {"data": run.corpus, "licence": f"of the data: {run.corpus_licence or 'not stated'}"}
+        card = {"data": run.corpus} | listed.describe_licence(run.language, run.corpus, run.corpus_licence)
     else:
         rows = make_speech(run, run.language, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)
         card = {"data": "espeak-ng voices that no stage before has used, standing in for a real corpus (synthetic)",
