@@ -19,7 +19,6 @@ from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
 from csm_nb.recipe import FIELDS, ParameterError, Recipe, check_value, merge_recipes, pick_fields, suggest
-from csm_nb.synth import engines
 from csm_nb.text.sentences import count_sentences
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
@@ -192,6 +191,8 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
         except ValueError as error:
             raise ParameterError(f"{found}: {error}") from error
         if key == "engine" and value:
+            from csm_nb.synth import engines  # it imports what reads audio, which takes seconds
+
             try:
                 engines.read_engine(value)
             except engines.EngineError as error:
@@ -273,6 +274,8 @@ def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
         if key == "codebook_weights" and given and (len(given) != (count or len(given)) or not any(given)):
             refuse(key, f"{params[model]} has {count} codebooks; allowed are as many weights, not all 0, or none at all: []")
     if params.get("engine"):
+        from csm_nb.synth import engines
+
         try:
             engine, voices, _ = engines.read_engine(params["engine"])
             engines.check_engine(engine, params["language"], voices)
