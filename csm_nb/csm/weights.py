@@ -9,6 +9,9 @@ from pathlib import Path
 from safetensors import safe_open
 
 from csm_nb.hub import find_weights
+from csm_nb.provenance import hash_value
+
+SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # of a config, that change with who wrote it
 
 
 def list_weights(folder) -> list[Path]:
@@ -39,6 +42,17 @@ def _hash_tensors(files):
                     with data[first:last] as part:
                         tensors[name] = entry["dtype"], entry["shape"], hashlib.sha256(part).hexdigest()
     return hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16]
+
+
+def hash_config(config: dict, left_out=()) -> str:
+    """Return a hash of a model's config (to_dict) without SETTINGS, at any depth, and without the entries `left_out`."""
+    return hash_value(_drop({key: value for key, value in config.items() if key not in left_out}))
+
+
+def _drop(value):
+    if isinstance(value, dict):
+        return {str(key): _drop(item) for key, item in value.items() if key not in SETTINGS}
+    return [_drop(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def list_tensors(folder) -> set[str]:

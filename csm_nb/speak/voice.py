@@ -7,13 +7,12 @@ from peft.tuners.lora import LoraLayer
 
 from csm_nb import paths
 from csm_nb.csm.load import inner_model
-from csm_nb.csm.weights import hash_weights
+from csm_nb.csm.weights import hash_config, hash_weights
 from csm_nb.provenance import hash_code, hash_tensors, hash_value
 
 # What speaking imports and that changes no code of an utterance, or that counts by its content: how files are found and kept,
 # texts and voices, and the codec, which only decodes what was said.
 GIVEN = ("text", "synth", "codec", "hub", "paths", "claims", "keep", "provenance", "csm.save", "csm.speakers", "csm.weights")
-SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # of a config, that change with who wrote it
 
 
 def describe_speech(model, settings: dict) -> dict:
@@ -23,10 +22,9 @@ def describe_speech(model, settings: dict) -> dict:
     several adapters the active one, under whichever name. A text's tokens are in its own key, so that a tokenizer is not.
     """
     inner = inner_model(model)
-    config = {key: value for key, value in inner.config.to_dict().items() if key not in SETTINGS and key != "codec_config"}
     device = next(model.parameters()).device.type
     return {
-        "weights": hash_model(model), "config": hash_value(_drop(config)), "settings": settings,
+        "weights": hash_model(model), "config": hash_config(inner.config.to_dict(), ("codec_config",)), "settings": settings,
         "frame rate": inner.codec_model.config.frame_rate,
         "computed": {"device": device, "layers": type(inner.backbone_model).__module__},
         "code": hash_code("from csm_nb.speak import generate", paths.PACKAGE, GIVEN),
@@ -51,9 +49,3 @@ def hash_model(model) -> str:
               if isinstance(module, LoraLayer) and active in module.scaling}
     stored = hash_weights(inner.loaded_from) if getattr(inner, "is_loaded_in_4bit", False) else ""  # 4 bits have a scale beside
     return hash_value([hash_tensors(tensors), scales, stored])
-
-
-def _drop(value):
-    if isinstance(value, dict):
-        return {str(key): _drop(item) for key, item in value.items() if key not in SETTINGS}
-    return [_drop(item) for item in value] if isinstance(value, list | tuple) else value

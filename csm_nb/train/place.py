@@ -12,7 +12,7 @@ from csm_nb import paths
 from csm_nb.claims import hold
 from csm_nb.corpora.tokens import count_frames, read_column
 from csm_nb.csm.load import inner_model
-from csm_nb.csm.weights import hash_weights
+from csm_nb.csm.weights import hash_config, hash_weights
 from csm_nb.device import has_fast_bfloat16
 from csm_nb.hub import TOKENIZER
 from csm_nb.provenance import hash_code, hash_file, hash_value, write_json
@@ -27,7 +27,6 @@ IN_WEIGHTS = {"rank", "alpha", "dropout", "train_mlp", "train_text", "four_bit",
 # What the trainer imports and its key holds by content, or that moves no weight: texts, codes and weights as they come out of
 # these rooms, and how files are found, written and claimed.
 GIVEN = ("text", "corpora", "codec", "hub", "paths", "claims", "provenance", "csm.save", "csm.speakers", "csm.weights")
-SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # of a config, that change with who wrote it
 
 
 def place_training(model, train_rows, valid_rows, recipe, data) -> Path:
@@ -71,19 +70,13 @@ def _describe_weights(model):
     settings = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     return {
         "base": hash_weights(base) if base else _hash_tensors(frozen),
-        "config": hash_value(_drop(inner.config.to_dict(), SETTINGS)),
+        "config": hash_config(inner.config.to_dict()),
         "tokenizer": {name: hash_file(folder / name) for name in TOKENIZER if (folder / name).is_file()},
         "frozen in": sorted({str(value.dtype).removeprefix("torch.") for value in frozen.values()}),
         "attention and layers": type(inner.backbone_model).__module__,  # another backend's, where it replaces them
         "adapter": {name: getattr(adapter, name) for name in settings} if adapter else None,
         "trained": {"parameters": sum(value.numel() for value in trained.values()), "hash": _hash_tensors(trained)},
     }
-
-
-def _drop(value, names):
-    if isinstance(value, dict):
-        return {str(key): _drop(item, names) for key, item in value.items() if key not in names}
-    return [_drop(item, names) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _hash_tensors(tensors):
