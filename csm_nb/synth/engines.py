@@ -16,11 +16,12 @@ import httpx
 import numpy as np
 import soundfile
 
-from csm_nb.audio import AudioError, read_audio
+from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.languages import get_language
 from csm_nb.manifest import write_manifest
 from csm_nb.provenance import hash_value, write_json
 from csm_nb.recipe import suggest
+from csm_nb.text.letters import count_fewest, count_letters
 
 ENGINES = ("azure", "openai", "command")
 # Voices of Azure by language: names, the rest is `<locale>-<Name>Neural`
@@ -93,7 +94,7 @@ def make_spoken(texts, language: str, out_dir, engine: Engine, voices=(), budget
         voice = voices[number % len(voices)]
         mark = hash_value([engine.name, engine.url, engine.model, voice, heard_as, text])
         clips.append((text, voice, clips_dir / f"{mark}.wav"))
-    missing = [clip for clip in dict.fromkeys(clips) if find_fault(clip[2], clip[0])]
+    missing = [clip for clip in dict.fromkeys(clips) if find_fault(clip[2], clip[0], language)]
     purse = Purse(engine.price, budget)
     characters = sum(len(text) for text, _, _ in missing)
     print(f"{len(clips)} clips by {engine.name}: {len(clips) - len(missing)} are there, {len(missing)} to speak, "
@@ -102,7 +103,7 @@ def make_spoken(texts, language: str, out_dir, engine: Engine, voices=(), budget
         raise EngineError(f"{len(missing)} clips cost {purse.cost(characters):.2f} ({characters:,} characters at "
                           f"{engine.price:g} per million), and the budget is {budget:.2f}: raise it, or ask for fewer; nothing "
                           "was asked for")
-    failed = _speak_all(missing, engine, heard_as, purse)
+    failed = _speak_all(missing, engine, language, heard_as, purse)
     write_json(out_dir / "failed.json", failed)
     rows = [{"text": text, "audio_path": str(path), "speaker_id": f"{engine.name}-{voice}", "language": language,
              "duration": round(soundfile.info(path).duration, 3), "source": f"{engine.name} (synthetic)", "accent": heard_as,
@@ -162,7 +163,7 @@ class Purse:
             self.sent -= len(text)
 
 
-def _speak_all(missing, engine, language, purse):
+def _speak_all(missing, engine, language, heard_as, purse):
     """Speak clips with as many at once as the engine may be asked; return {file: {text, voice, reason}} of those that failed."""
     failed, stop, row, lock = {}, [], [0], threading.Lock()
 
@@ -171,7 +172,7 @@ def _speak_all(missing, engine, language, purse):
         if stop:
             return
         try:
-            _speak_once(text, voice, path, engine, language, purse)
+            _speak_once(text, voice, path, engine, language, heard_as, purse)
             row[0] = 0
         except _Refused as error:
             with lock:
@@ -203,15 +204,15 @@ class _Again(Exception):
         self.wait, self.charged = wait, charged
 
 
-def _speak_once(text, voice, path, engine, language, purse):
+def _speak_once(text, voice, path, engine, language, heard_as, purse):
     reason = ""
     for attempt in range(ATTEMPTS):
         wait = FIRST_WAIT * 2**attempt
         purse.take(text)
         part = path.with_name(f".{path.stem}.{os.getpid()}.wav")  # some commands go by the ending
         try:
-            _ASK[engine.name](text, voice, part, engine, language)
-            if fault := find_fault(part, text):
+            _ASK[engine.name](text, voice, part, engine, heard_as)
+            if fault := find_fault(part, text, language):
                 raise _Again(f"its audio {fault}", charged=True)
             os.replace(part, path)
             return
@@ -228,17 +229,17 @@ def _speak_once(text, voice, path, engine, language, purse):
     raise _Refused(f"{reason}, {ATTEMPTS} times")
 
 
-def find_fault(path, text: str) -> str:
+def find_fault(path, text: str, language: str) -> str:
     """Return why a clip can not be what `text` sounds like, "" if it can: not there, no audio, silent, cut off, too long."""
     try:
         wav = read_audio(path)
     except (AudioError, OSError) as error:
         return f"can not be read ({' '.join(str(error).split())[:80]})"
-    seconds, letters = len(wav) / 24_000, sum(c.isalnum() for c in text)
+    seconds, fewest, most = len(wav) / SAMPLE_RATE, count_fewest(text, language), count_letters(text)
     if not len(wav) or np.abs(wav).max() < 1e-3:
         return "is silent"
-    if seconds * FASTEST < letters or seconds > max(3.0, letters / SLOWEST):
-        return f"has {seconds:.1f} s for {letters} letters"
+    if seconds * FASTEST < fewest or seconds > max(3.0, most / SLOWEST):
+        return f"has {seconds:.1f} s for {fewest} to {most} letters"
     return ""
 
 

@@ -123,6 +123,15 @@ def test_what_went_wrong_is_asked_for_again(server, tmp_path, name, faults):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_numbers_take_as_long_as_they_are_read_out(server, tmp_path):
+    assert len(speak(server, tmp_path, texts=["12", "Nei."])) == 2  # 2.5 s each
+    server.answers["987654"] = ["short"]  # .2 s
+    assert len(speak(server, tmp_path, texts=["987654"])) == 1 and server.asked["987654"] == 2
+    wav = tmp_path / "long.wav"
+    wav.write_bytes(make_wav(8))
+    assert engines.find_fault(wav, "98765432", "no") == "" and "8.0 s for" in engines.find_fault(wav, "Nei.", "no")
+
+
 def test_a_clip_that_never_comes_is_listed_and_the_others_stay(server, tmp_path):
     server.answers[TEXTS[1]] = [429] * 99
     server.answers[TEXTS[4]] = [400]
