@@ -54,7 +54,7 @@ def check_value(name: str, value, default, allowed="[0, inf)"):
     if kind in (list, tuple):
         kinds = {type(item) for item in default[:1]} or {int, float}
         if default and not value or any(type(item) not in kinds for item in value):
-            hint = '; "no" in quotes, YAML reads a bare no as false' if False in value else ""
+            hint = '; "no" in quotes, YAML reads a bare no as false' if any(item is False for item in value) else ""
             words = " or ".join(sorted(kind.__name__ for kind in kinds))
             raise ParameterError(f"{found} ({type(value).__name__}); allowed is a list of {words}, such as {default!r}{hint}")
     if isinstance(allowed, tuple):
@@ -170,9 +170,9 @@ def merge_recipes(section: dict, over: dict) -> dict:
     for name in STAGES:
         own = {key: value for key, value in _drop_rival(section.get(name, {}), general).items() if key not in general}
         own = _drop_rival(own, over.get(name, {})) | over.get(name, {})
-        merged |= {name: own} if own else {}
-        if not own:
-            merged.pop(name, None)
+        merged.pop(name, None)
+        if own:
+            merged[name] = own
     return merged
 
 

@@ -1,7 +1,7 @@
 """What 01, 02 and 03 do alike, a call per cell: load, look at the clips, encode, attach, train, select, judge, save."""
 
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +257,8 @@ def train(run: Run, training: Training, probes) -> dict:
 
     Three of `probes` are spoken before the first step and on the way, and stay with the training; none for ().
     """
-    model, processor, data, recipe, place, _ = (getattr(training, one.name) for one in fields(training))
+    model, processor, data, recipe, place = (training.model, training.processor, training.data, training.recipe,
+                                             training.place)
     before = select.measure_clips(model, processor, data.valid_rows, recipe)
     print(f"{len(before)} held-out clips before the first step: {before.mean():.2f} nats")
     samples = callbacks.SpeakSamples(model, processor, probes[:3], data.voice, recipe.sample_every, place / "samples", run.seed)
