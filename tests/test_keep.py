@@ -68,13 +68,16 @@ def test_what_fails_half_way_keeps_the_batches_before_it(tmp_path):
 
 
 WORK = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_keep import Keep, SCHEMA, make_once
 keys = [f"k{{i:02}}" for i in range(12)]
-def make(places):
+def make(places):  # nobody gets far before all have begun, however slow the machine
     print(",".join(keys[place] for place in places), flush=True)
+    Path(sys.argv[1], f"{{os.getpid()}}.began").touch()
+    while len([*Path(sys.argv[1]).glob("*.began")]) < int(sys.argv[3]):
+        time.sleep(0.01)
     time.sleep(float(sys.argv[2]))
     return [{{"value": keys[place].upper()}} for place in places]
 keep = Keep(Path(sys.argv[1]))
@@ -83,13 +86,14 @@ assert [row["value"] for row in rows] == [key.upper() for key in keys]
 """
 
 
-def start(data, seconds):
-    command = [sys.executable, "-c", WORK.format(tests=str(ROOT / "tests")), str(data), str(seconds)]
+def start(data, seconds, count=1):
+    """A process that makes twelve rows by and by, as soon as `count` of them have begun."""
+    command = [sys.executable, "-c", WORK.format(tests=str(ROOT / "tests")), str(data), str(seconds), str(count)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
 
 
 def test_processes_at_once_share_the_work_and_make_nothing_twice(tmp_path):
-    processes = [start(tmp_path, 1) for _ in range(2)]
+    processes = [start(tmp_path, 0.3, 2) for _ in range(2)]
     said = [process.communicate(timeout=120)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     made = [key for lines in said for line in lines if line.startswith("k") for key in line.split(",")]

@@ -96,14 +96,21 @@ def test_an_overwritten_clip_of_the_same_size_and_time_is_encoded_alone(codec, o
 
 
 WRITER = """
-import sys, time, torch
+import os, sys, time, torch
+from pathlib import Path
 from csm_nb import paths
 from csm_nb.corpora import tokens
 from csm_nb.codec.mimi import encode, load_codec
 from csm_nb.manifest import read_manifest
 torch.set_num_threads({threads})  # with another number the last digits differ, and a code at a tie with them
 tokens.SHARD_CLIPS = 2
-tokens.encode = lambda codec, wavs: time.sleep({seconds}) or encode(codec, wavs)
+def wait_and_encode(codec, wavs):  # nobody gets far before all have begun, however slow the machine
+    Path({data!r}, f"{{os.getpid()}}.began").touch()
+    while len([*Path({data!r}).glob("*.began")]) < {count}:
+        time.sleep(0.01)
+    time.sleep({seconds})
+    return encode(codec, wavs)
+tokens.encode = wait_and_encode
 rows, codec = read_manifest({corpus!r}), load_codec("models/csm-mini")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -113,7 +120,7 @@ print(tokens.write_tokens(rows, codec, {data!r})["encoded"])
 
 def start_writers(count, corpus, data, seconds):
     """Processes that write the corpus's tokens, all ready before the first begins."""
-    code = WRITER.format(threads=torch.get_num_threads(), seconds=seconds, corpus=str(corpus), data=str(data))
+    code = WRITER.format(threads=torch.get_num_threads(), seconds=seconds, count=count, corpus=str(corpus), data=str(data))
     writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, text=True) for _ in range(count)]
     for writer in writers:
