@@ -1,24 +1,25 @@
-"""Generation: many sentences at once, with both decoders cached, capped, and runaways counted."""
+"""Generation: many sentences at once, capped, found again where they were spoken before, and runaways counted."""
 
 from dataclasses import dataclass
-from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import DynamicCache
 
 from csm_nb.codec.mimi import decode
 from csm_nb.csm.load import encode_text, inner_model
 from csm_nb.csm.speakers import get_speakers, pick_voice
 from csm_nb.keep import make_once
 from csm_nb.provenance import hash_value
-from csm_nb.speak.voice import describe_speech
+from csm_nb.speak.batch import Batch, Sampling, Utterance, draw_numbers
+from csm_nb.speak.decoders import Decoders
+from csm_nb.speak.voice import describe_speech, name_active
 from csm_nb.text.letters import count_letters
 
 # A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
 SECONDS_PER_LETTER, SECONDS_ON_TOP = 0.15, 1.0
-_SCHEMA = pa.schema([("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("ended", pa.bool_())])
+AT_ONCE = 4  # what is kept is written so many batches at a time: places that fall free are taken, and a kill loses little
+_SCHEMA = pa.schema([("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("finish", pa.string())])
 
 
 class SpeechError(ValueError):
@@ -27,34 +28,20 @@ class SpeechError(ValueError):
 
 @dataclass(frozen=True)
 class Speech:
-    """What the model said: wav (float32, 24 kHz), codes (frames x codebooks), and whether it ended by itself."""
+    """What the model said: wav (float32, 24 kHz), codes (frames x codebooks), and why it ends there.
+
+    `finish` is "end" where the model ended by itself, and "length" where it had not at its cap: a runaway.
+    """
 
     text: str
     wav: np.ndarray
     codes: np.ndarray
-    ended: bool
+    finish: str
 
-
-def sample(logits: torch.Tensor, temperature: float, top_k: int, drawn: torch.Tensor | None) -> torch.Tensor:
-    """Return one index per row of logits (batch, vocabulary), by its number `drawn` (batch,), uniform in 0 to 1.
-
-    The `top_k` likeliest share the line from 0 to 1 by their probabilities, in the order of their indices: by rank, two that
-    are as likely but for rounding change places, and one of 64 utterances came out otherwise in another batch. Temperature 0
-    takes the likeliest, and needs no number.
-    """
-    if temperature <= 0:
-        return logits.argmax(-1)
-    indices = logits.topk(min(top_k, logits.shape[-1])).indices.sort(-1).values
-    shares = (logits.gather(-1, indices).float() / temperature).softmax(-1).cumsum(-1)
-    place = (shares <= drawn[:, None] * shares[:, -1:]).sum(-1, keepdim=True).clamp(max=shares.shape[-1] - 1)
-    return indices.gather(-1, place)[:, 0]
-
-
-def draw_numbers(text: str, speaker: str, seed: int, frames: int, codebooks: int) -> torch.Tensor:
-    """Return the random numbers of one utterance, uniform in 0 to 1, (frames, codebooks): of what it is alone."""
-    digest = sha256(f"{seed}\0{speaker}\0{text}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-    return torch.rand(frames, codebooks, generator=generator)
+    @property
+    def ended(self) -> bool:
+        """Return whether the model ended by itself."""
+        return self.finish == "end"
 
 
 def cap_seconds(text: str) -> float:
@@ -62,7 +49,12 @@ def cap_seconds(text: str) -> float:
     return SECONDS_PER_LETTER * count_letters(text) + SECONDS_ON_TOP
 
 
-def check_text(model, processor, text: str, speaker: str = "0") -> None:
+def count_frames(inner, text: str) -> int:
+    """Return the cap of `text` in frames of the codec."""
+    return int(inner.codec_model.config.frame_rate * cap_seconds(text))
+
+
+def check_text(model, processor, text: str, speaker: str = "0", context=()) -> None:
     """Raise SpeechError when `text` holds nothing to say, or more than fits the model's context: prompt and capped frames."""
     if not any(c.isalnum() for c in text):
         raise SpeechError(f"there is nothing to say in {text!r}: it holds neither letter nor digit; leave it out")
@@ -72,7 +64,8 @@ def check_text(model, processor, text: str, speaker: str = "0") -> None:
         raise SpeechError(f"there is nothing to say in {text!r}: the model's tokenizer knows none of its letters; give the text "
                           "in letters that it knows")
     prompt = len(encode_text(processor, text, speaker))
-    frames = int(model.codec_model.config.frame_rate * cap_seconds(text))
+    prompt += sum(len(encode_text(processor, said, voice)) + len(codes) + 1 for said, codes, voice in context)
+    frames = count_frames(model, text)
     if prompt + frames > limit:
         raise SpeechError(f"a text of {len(text)} characters takes up to {prompt + frames} positions ({prompt} of text, {frames} "
                           f"frames: {cap_seconds(text):.0f} s), and the model has {limit}: split it at its sentences and speak "
@@ -81,100 +74,78 @@ def check_text(model, processor, text: str, speaker: str = "0") -> None:
 
 @torch.inference_mode()
 def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
-          batch_size: int = 32, keep=None) -> list[Speech]:
-    """Speak `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
+          batch_size: int = 32, keep=None, top_p: float = 1.0, context=()) -> list[Speech]:
+    """Speak `texts` with the base or an adapted model, `batch_size` at once; one speaker id for all, or one per text.
 
     Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". What a text says
-    follows from the model, the text, its voice and `seed`, not from the others of its batch: of 64 sentences none differed in
-    batches of 1, 4 and 32, in float32 on a CPU; rounding may let one differ elsewhere. The same text twice says the same
-    twice. Every text has its own cap in frames; one that reaches it did not end by itself (`ended` is False: a runaway) and
-    is returned as far as it came.
+    follows from the model, the text, its voice and `seed`, not from the others that are spoken with it: in float32 on a CPU to
+    the last bit (speak.decoders); rounding may let one differ elsewhere. The same text twice says the same twice. Every text has
+    its own cap in frames; one that reaches it did not end by itself (`finish` is "length": a runaway) and is returned as far as
+    it came. `context` is what was said before, [(text, codes, speaker)], for a voice to go on from (prompt_rows).
 
     With `keep` (keep.Keep) what was said before is found again, by what voice.describe_speech says, and what is new is kept:
     its codes, each decoded alone, so that it sounds the same to the last bit. Before anything is spoken, raises SpeechError
     for a text with nothing to say or too long for the model's context, and speakers.SpeakerError for a voice that the
     adapter was not trained with.
     """
-    texts, known = list(texts), get_speakers(model)
+    texts, known, context = list(texts), get_speakers(model), list(context)
     speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
     voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
     speakers = [voices[speaker] for speaker in speakers]
-    inner = inner_model(model)
+    inner, sampling, active = inner_model(model), Sampling(temperature, top_k, top_p), name_active(model)
     for text, speaker in zip(texts, speakers, strict=True):
-        check_text(inner, processor, text, speaker)
+        check_text(inner, processor, text, speaker, context)
     order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))  # of like length together
+    decoders = Decoders(inner, [active] if active else [])
 
     def make(chosen):
-        chosen = [order[place] for place in chosen]
-        batch = generate_codes(inner, processor, [texts[i] for i in chosen], [speakers[i] for i in chosen],
-                               temperature, top_k, seed)
-        return [{"text": texts[i], "codes": codes.tolist(), "ended": ended}
-                for i, (codes, ended) in zip(chosen, batch, strict=True)]
+        waiting = [make_utterance(decoders, inner, processor, texts[order[place]], speakers[order[place]], active, seed, sampling,
+                                  context, place) for place in chosen]
+        said = {one.key: one for one in say(decoders, waiting, batch_size)}
+        return [{"text": texts[order[place]], "codes": said[place].codes, "finish": said[place].finish} for place in chosen]
 
     if keep is None:
-        starts = range(0, len(order), batch_size)
-        rows = [row for start in starts for row in make(range(start, min(start + batch_size, len(order))))]
+        rows = make(range(len(order)))
     else:
-        made_of = describe_speech(model, {"temperature": temperature, "top_k": top_k, "seed": seed})
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        settings |= {"context": [(said, np.asarray(codes).tolist(), voice) for said, codes, voice in context]} if context else {}
         keys = [hash_value([texts[i], speakers[i], encode_text(processor, texts[i], speakers[i])]) for i in order]
-        rows = make_once(keep, "spoken", made_of, keys, make, _SCHEMA, batch_size)
+        rows = make_once(keep, "spoken", describe_speech(model, settings), keys, make, _SCHEMA, AT_ONCE * batch_size)
     said = [None] * len(texts)
     for i, row in zip(order, rows, strict=True):
         codes = np.array(row["codes"], np.uint16)
-        said[i] = Speech(texts[i], decode(inner.codec_model, [codes])[0], codes, row["ended"])
+        said[i] = Speech(texts[i], decode(inner.codec_model, [codes])[0], codes, row["finish"])
     return said
 
 
-def generate_codes(model, processor, texts, speakers, temperature, top_k, seed) -> list[tuple[np.ndarray, bool]]:
-    """Return, of one batch of prompts, (codes as uint16 frames x codebooks, ended by itself) per prompt."""
-    device, config = model.device, model.config
-    prompts = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
-    longest, frame_rate = max(map(len, prompts)), model.codec_model.config.frame_rate
-    counts = [int(frame_rate * cap_seconds(text)) for text in texts]
-    caps, drawn = torch.tensor(counts, device=device), torch.zeros(len(texts), max(counts), config.num_codebooks)
-    for row, (text, speaker, count) in enumerate(zip(texts, speakers, counts, strict=True)):
-        drawn[row, :count] = draw_numbers(text, speaker, seed, count, config.num_codebooks)
-    drawn = drawn.to(device)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that all rows go on at the same place
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = 1
-    # A text table that was trained is float32, also where the model around it is bfloat16.
-    dtype = model.backbone_model.embed_tokens.embed_audio_tokens.weight.dtype
-    embeds, cache = model.embed_text_tokens(ids).to(dtype), DynamicCache(config=config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    frames, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    lengths = caps.clone()
-    for number in range(max(counts)):
-        output = model.backbone_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                                      past_key_values=cache, use_cache=True)
-        frame = generate_frame(model, output.last_hidden_state[:, -1], temperature, top_k, drawn[:, number])
-        stops = (frame == config.codebook_eos_token_id).all(-1) & ~ended & (number < caps)
-        lengths[stops] = number
-        ended |= stops
-        frames.append(frame)
-        if (ended | (number + 1 >= caps)).all():
-            break
-        embeds = model.backbone_model.embed_tokens(frame[:, None])
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        positions = positions[:, -1:] + 1
-    codes = torch.stack(frames, 1).cpu().numpy().astype(np.uint16)
-    return [(codes[row, : max(1, int(lengths[row]))], bool(ended[row])) for row in range(len(prompts))]
+def make_utterance(decoders: Decoders, inner, processor, text: str, speaker: str, adapter: str = "", seed: int = 0,
+                   sampling: Sampling | None = None, context=(), key=None) -> Utterance:
+    """Return what a Batch says of `text`, with its cap and its random numbers, after `context`."""
+    cap = count_frames(inner, text)
+    return Utterance(prompt_rows(decoders, processor, text, speaker, adapter, context), cap,
+                     draw_numbers(text, speaker, seed, cap, decoders.codebooks), adapter, sampling or Sampling(), key)
 
 
-def generate_frame(model, hidden: torch.Tensor, temperature: float, top_k: int, drawn: torch.Tensor) -> torch.Tensor:
-    """Return all codebooks of one frame, (batch, codebooks), from the backbone's last hidden state (batch, width).
+def prompt_rows(decoders: Decoders, processor, text: str, speaker: str, adapter: str = "", context=()) -> torch.Tensor:
+    """Return the rows of a prompt (length, width): what was said before, and the text that is to be said.
 
-    `drawn` are the frame's random numbers, of the shape of its codebooks.
+    `context` is [(text, codes (frames, codebooks), speaker)], each read as in training: its text, its frames, the end of speech.
     """
-    depth, cache = model.depth_decoder, DynamicCache(config=model.config.depth_decoder_config)
-    codes = model.codec_model.config.codebook_size  # the vocabulary has a few ids more, which the codec can not decode
-    tokens = [sample(model.lm_head(hidden)[..., :codes], temperature, top_k, drawn[:, 0])]
-    ids = torch.stack([torch.zeros_like(tokens[0]), tokens[0]], 1)  # position 0 is replaced by the hidden state
-    for number in range(1, model.config.num_codebooks):
-        state = hidden.clone() if len(tokens) == 1 else None
-        output = depth(input_ids=ids, backbone_last_hidden_state=state, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens.append(sample(output.logits[:, -1, :codes], temperature, top_k, drawn[:, number]))
-        ids = tokens[-1][:, None]
-    return torch.stack(tokens, 1)
+    rows, device = [], decoders.audio.device
+    for said, codes, voice in context:
+        frames = torch.as_tensor(np.asarray(codes).astype(np.int64), device=device)
+        rows += [decoders.embed_text(encode_text(processor, said, voice), adapter), decoders.embed_codes(frames),
+                 decoders.embed_codes(torch.zeros_like(frames[:1]))]
+    return torch.cat([*rows, decoders.embed_text(encode_text(processor, text, speaker), adapter)])
+
+
+def say(decoders: Decoders, waiting: list[Utterance], slots: int):
+    """Yield each of `waiting` when it is said, `slots` of them at once, the longest first; each takes the place of one before."""
+    waiting = sorted(waiting, key=lambda one: one.cap)
+    if not waiting:
+        return
+    batch = Batch(decoders, min(slots, len(waiting)), max(len(one.prompt) + one.cap for one in waiting))
+    while waiting or len(batch):
+        while waiting and batch.free(waiting[-1].adapter):
+            batch.admit(waiting.pop())
+        yield from (one for one in batch.step() if one.finish)

@@ -31,14 +31,18 @@ def describe_speech(model, settings: dict) -> dict:
     }
 
 
+def name_active(model) -> str:
+    """Return the name of the adapter that `model` speaks with; "" for a base, or where it is switched off."""
+    on = isinstance(model, PeftModel) and model.get_model_status().enabled is not False
+    return model.active_adapter if on else ""
+
+
 def hash_model(model) -> str:
     """Return a hash of the weights that `model` speaks with, without the codec's: base, and active adapter with its scale.
 
     It is the same whatever the adapter is called, whether it is trained or only used, and whichever others lie beside it.
     """
-    inner, active = inner_model(model), None
-    if isinstance(model, PeftModel) and model.get_model_status().enabled is not False:
-        active = model.active_adapter
+    inner, active = inner_model(model), name_active(model) or None
     tensors = {}
     for name, value in inner.named_parameters():
         part = re.fullmatch(r"(.*\.(?:lora_\w+|modules_to_save))\.([^.]+)(.*)", name)

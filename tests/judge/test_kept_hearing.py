@@ -27,7 +27,7 @@ def wavs():
 @pytest.fixture
 def counts(monkeypatch):
     """How many utterances were spoken, and how many clips each judge heard."""
-    found = {"generate_codes": 0, "_identify": 0, "_write_down": 0}
+    found = {"say": 0, "_identify": 0, "_write_down": 0}
 
     def count(module, name, place):
         plain = getattr(module, name)
@@ -38,7 +38,7 @@ def counts(monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    count(generate, "generate_codes", 2)
+    count(generate, "say", 1)
     count(judges, "_identify", 1)
     count(judges, "_write_down", 1)
     return found
@@ -68,22 +68,22 @@ def test_a_second_judging_with_another_rule_speaks_and_listens_to_nothing_and_an
         return select.judge_model(model, processor, TEXTS, "no", lid, asr, "0", keep=Keep(tmp_path))
 
     first = judge()
-    assert counts == {"generate_codes": 3, "_identify": 3, "_write_down": 3}
+    assert counts == {"say": 3, "_identify": 3, "_write_down": 3}
     monkeypatch.setattr(intervals, "CLEAR", 0.5)
     monkeypatch.setattr(select, "character_error_rates", lambda texts, *more: np.ones(len(texts)))
     assert judge().CER.tolist() == [1, 1, 1] and len(first) == 3
-    assert counts == {"generate_codes": 3, "_identify": 3, "_write_down": 3}
+    assert counts == {"say": 3, "_identify": 3, "_write_down": 3}
     parameter = next(asr.model.parameters())
     with torch.no_grad():
         parameter += 1e-3
     judge()
-    assert counts == {"generate_codes": 3, "_identify": 3, "_write_down": 6}
+    assert counts == {"say": 3, "_identify": 3, "_write_down": 6}
     with torch.no_grad():
         parameter -= 1e-3
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 0.5
     judge()
-    assert counts["generate_codes"] == 6
+    assert counts["say"] == 6
 
 
 def test_labels_language_told_and_code_make_another_judge(models, monkeypatch):

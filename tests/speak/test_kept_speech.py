@@ -27,13 +27,19 @@ def base():
 @pytest.fixture
 def spoken(monkeypatch):
     """The texts that were generated, one list per batch."""
-    batches, generate_codes = [], generate.generate_codes
+    batches, texts, make_utterance, say = [], [], generate.make_utterance, generate.say
 
-    def count(model, processor, texts, *more):
-        batches.append(list(texts))
-        return generate_codes(model, processor, texts, *more)
+    def note(decoders, inner, processor, text, *more):
+        texts.append(text)
+        return make_utterance(decoders, inner, processor, text, *more)
 
-    monkeypatch.setattr(generate, "generate_codes", count)
+    def count(*asked):
+        batches.append(texts.copy())
+        texts.clear()
+        return say(*asked)
+
+    monkeypatch.setattr(generate, "make_utterance", note)
+    monkeypatch.setattr(generate, "say", count)
     return batches
 
 
@@ -53,7 +59,8 @@ def test_what_was_said_is_found_again_to_the_last_bit_and_only_what_is_missing_i
     assert is_same(again[::-1][:2], first) and is_same(again, generate.speak(*base, TEXTS[::-1]))
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.7}, {"top_k": 29}, {"speaker_ids": "1"}],
+@pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.7}, {"top_k": 29}, {"top_p": 0.9}, {"speaker_ids": "1"},
+                                   {"context": [("Hi.", np.ones((3, 8), np.uint16), "0")]}],
                          ids=lambda other: next(iter(other)))
 def test_another_seed_voice_or_setting_speaks_anew(base, spoken, tmp_path, other):
     ask(base, tmp_path)

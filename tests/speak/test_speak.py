@@ -1,5 +1,7 @@
 """Batched generation says what one sentence at a time says, ends, and is reproducible."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from csm_nb.csm.adapters import load_adapter, start_training
 from csm_nb.csm.load import load_base
 from csm_nb.csm.save import save_adapter
-from csm_nb.speak.generate import SpeechError, cap_seconds, generate_codes, sample, speak
+from csm_nb.speak.batch import sample
+from csm_nb.speak.generate import SpeechError, cap_seconds, speak
 from csm_nb.text.sentences import make_sentences
 
 TEXTS = ["The cat is here.", "My brother buys a big red house.", "Where are you?"]
@@ -22,7 +25,7 @@ def test_greedy_codes_are_those_of_transformers_generate(base):
     model, processor = base
     inputs = processor(f"<|begin_of_text|>[0]{TEXTS[0]}<|end_of_text|>", return_tensors="pt")
     theirs = model.generate(**inputs, max_new_tokens=15, do_sample=False, depth_decoder_do_sample=False)[0].numpy()
-    ours, _ = generate_codes(model, processor, TEXTS[:1], ["0"], 0.0, 1, None)[0]
+    ours = speak(model, processor, TEXTS[:1], temperature=0)[0].codes
     shared = min(len(ours), len(theirs))
     assert shared > 3
     assert np.array_equal(ours[:shared], theirs[:shared])
@@ -50,15 +53,22 @@ def test_an_utterance_says_the_same_alone_in_four_and_in_32_in_any_order(base):
     assert np.array_equal(twice[0].codes, twice[2].codes) and not np.array_equal(twice[1].codes, together[texts[1]].codes)
 
 
+def draw(logits, drawn, top_k, top_p=1.0):
+    settings = torch.tensor([0.7, top_k, top_p])[:, None].expand(3, len(logits))
+    return sample(logits, *settings, drawn, min(top_k + 1, logits.shape[1]))  # as where another row may draw from more
+
+
 def test_codes_are_drawn_as_often_as_they_are_likely_and_only_the_likeliest():
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5]).repeat(20_000, 1)
     drawn = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(sample(logits, 0.7, 3, drawn), minlength=5) / 20_000
+    counts = torch.bincount(draw(logits, drawn, 3), minlength=5) / 20_000
     expected = torch.zeros(5)
     expected[[1, 2, 4]] = (torch.tensor([2.0, 1.0, 1.5]) / 0.7).softmax(-1)
     assert torch.allclose(counts, expected, atol=0.01) and counts[[0, 3]].sum() == 0
     edges = torch.tensor([0.0, 1 - 2**-24])
-    assert sample(logits[:2], 0.7, 3, edges).tolist() == [1, 4] and sample(logits[:2], 0.7, 99, edges).tolist() == [0, 4]
+    assert draw(logits[:2], edges, 3).tolist() == [1, 4] and draw(logits[:2], edges, 5).tolist() == [0, 4]
+    nucleus = torch.bincount(draw(logits, drawn, 5, 0.75), minlength=5) / 20_000  # 1: .54, 4: .26, 2: .13, 0 and 3: .07
+    assert torch.allclose(nucleus[[1, 4]], (torch.tensor([2.0, 1.5]) / 0.7).softmax(-1), atol=0.01) and nucleus.sum() == 1
 
 
 def test_the_same_seed_says_the_same_and_another_does_not(base):
@@ -97,8 +107,8 @@ def test_a_text_that_does_not_fit_the_context_is_refused_with_the_limit(base, mo
         speak(*base, ["a" * (most + 1)])
     with pytest.raises(SpeechError, match="the model has 2048: split it at its sentences"):
         speak(*base, ["1" * 50])  # by what will be said
-    monkeypatch.setattr("csm_nb.speak.generate.generate_codes", lambda model, processor, texts, *more: [
-        (np.zeros((1, 8), np.uint16), True) for _ in texts])
+    monkeypatch.setattr("csm_nb.speak.generate.say", lambda decoders, waiting, slots: [
+        replace(one, codes=[[0] * 8], finish="end") for one in waiting])
     assert len(speak(*base, ["a" * most])) == 1
 
 
