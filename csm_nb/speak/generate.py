@@ -30,7 +30,8 @@ class SpeechError(ValueError):
 class Speech:
     """What the model said: wav (float32, 24 kHz), codes (frames x codebooks), and why it ends there.
 
-    `finish` is "end" where the model ended by itself, and "length" where it had not at its cap: a runaway.
+    `finish` is "end" where the model ended by itself, "length" where it had not at its cap (a runaway), and "retry" where it
+    did in a later attempt (attempts.speak_again).
     """
 
     text: str
@@ -41,7 +42,7 @@ class Speech:
     @property
     def ended(self) -> bool:
         """Return whether the model ended by itself."""
-        return self.finish == "end"
+        return self.finish != "length"
 
 
 def cap_seconds(text: str) -> float:
