@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from csm_nb.codec.mimi import decode
 from csm_nb.csm.load import encode_text, inner_model
 from csm_nb.csm.speakers import get_speakers, pick_voice
+from csm_nb.csm.tags import get_tags, pick_tag
 from csm_nb.keep import make_once
 from csm_nb.provenance import hash_value
 from csm_nb.speak.voice import describe_speech
@@ -62,7 +63,7 @@ def cap_seconds(text: str) -> float:
     return SECONDS_PER_LETTER * count_letters(text) + SECONDS_ON_TOP
 
 
-def check_text(model, processor, text: str, speaker: str = "0") -> None:
+def check_text(model, processor, text: str, speaker: str = "0", tag: str = "") -> None:
     """Raise SpeechError when `text` holds nothing to say, or more than fits the model's context: prompt and capped frames."""
     if not any(c.isalnum() for c in text):
         raise SpeechError(f"there is nothing to say in {text!r}: it holds neither letter nor digit; leave it out")
@@ -71,7 +72,7 @@ def check_text(model, processor, text: str, speaker: str = "0") -> None:
     if not any(c.isalnum() for c in tokenizer.decode(known)):
         raise SpeechError(f"there is nothing to say in {text!r}: the model's tokenizer knows none of its letters; give the text "
                           "in letters that it knows")
-    prompt = len(encode_text(processor, text, speaker))
+    prompt = len(encode_text(processor, text, speaker, tag))
     frames = int(model.codec_model.config.frame_rate * cap_seconds(text))
     if prompt + frames > limit:
         raise SpeechError(f"a text of {len(text)} characters takes up to {prompt + frames} positions ({prompt} of text, {frames} "
@@ -81,33 +82,34 @@ def check_text(model, processor, text: str, speaker: str = "0") -> None:
 
 @torch.inference_mode()
 def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
-          batch_size: int = 32, keep=None) -> list[Speech]:
+          batch_size: int = 32, keep=None, language: str = "") -> list[Speech]:
     """Speak `texts` with the base or an adapted model, in batches; one speaker id for all, or one per text.
 
     Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". What a text says
     follows from the model, the text, its voice and `seed`, not from the others of its batch: of 64 sentences none differed in
     batches of 1, 4 and 32, in float32 on a CPU; rounding may let one differ elsewhere. The same text twice says the same
     twice. Every text has its own cap in frames; one that reaches it did not end by itself (`ended` is False: a runaway) and
-    is returned as far as it came.
+    is returned as far as it came. The tag that the model was trained with stands before each text: that of `language`, by
+    default of the adapter's own.
 
     With `keep` (keep.Keep) what was said before is found again, by what voice.describe_speech says, and what is new is kept:
     its codes, each decoded alone, so that it sounds the same to the last bit. Before anything is spoken, raises SpeechError
-    for a text with nothing to say or too long for the model's context, and speakers.SpeakerError for a voice that the
-    adapter was not trained with.
+    for a text with nothing to say or too long for the model's context, speakers.SpeakerError for a voice and tags.TagError
+    for a language that the adapter was not trained with.
     """
     texts, known = list(texts), get_speakers(model)
     speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
     voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
     speakers = [voices[speaker] for speaker in speakers]
-    inner = inner_model(model)
+    inner, tag = inner_model(model), pick_tag(get_tags(model), language)
     for text, speaker in zip(texts, speakers, strict=True):
-        check_text(inner, processor, text, speaker)
+        check_text(inner, processor, text, speaker, tag)
     order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))  # of like length together
 
     def make(chosen):
         chosen = [order[place] for place in chosen]
         batch = generate_codes(inner, processor, [texts[i] for i in chosen], [speakers[i] for i in chosen],
-                               temperature, top_k, seed)
+                               temperature, top_k, seed, tag)
         return [{"text": texts[i], "codes": codes.tolist(), "ended": ended}
                 for i, (codes, ended) in zip(chosen, batch, strict=True)]
 
@@ -116,7 +118,7 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
         rows = [row for start in starts for row in make(range(start, min(start + batch_size, len(order))))]
     else:
         made_of = describe_speech(model, {"temperature": temperature, "top_k": top_k, "seed": seed})
-        keys = [hash_value([texts[i], speakers[i], encode_text(processor, texts[i], speakers[i])]) for i in order]
+        keys = [hash_value([texts[i], speakers[i], encode_text(processor, texts[i], speakers[i], tag)]) for i in order]
         rows = make_once(keep, "spoken", made_of, keys, make, _SCHEMA, batch_size)
     said = [None] * len(texts)
     for i, row in zip(order, rows, strict=True):
@@ -125,10 +127,10 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     return said
 
 
-def generate_codes(model, processor, texts, speakers, temperature, top_k, seed) -> list[tuple[np.ndarray, bool]]:
+def generate_codes(model, processor, texts, speakers, temperature, top_k, seed, tag="") -> list[tuple[np.ndarray, bool]]:
     """Return, of one batch of prompts, (codes as uint16 frames x codebooks, ended by itself) per prompt."""
     device, config = model.device, model.config
-    prompts = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
+    prompts = [encode_text(processor, text, speaker, tag) for text, speaker in zip(texts, speakers, strict=True)]
     longest, frame_rate = max(map(len, prompts)), model.codec_model.config.frame_rate
     counts = [int(frame_rate * cap_seconds(text)) for text in texts]
     caps, drawn = torch.tensor(counts, device=device), torch.zeros(len(texts), max(counts), config.num_codebooks)
