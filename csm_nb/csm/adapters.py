@@ -15,7 +15,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -29,6 +29,16 @@ from csm_nb.recipe import TRAINED
 ATTENTION = "q_proj|k_proj|v_proj|o_proj"
 MLP = "gate_proj|up_proj|down_proj"
 TRAINED_NAMES = r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\."  # of an adapter's parameters, before its name
+
+
+def _ask_own(method):
+    """Make a method of TrainableTokensWrapper answer for the adapters that train rows, and {} for the others beside them."""
+    return lambda wrapper, name, *more: method(wrapper, name, *more) if name in wrapper._get_available_adapters() else {}
+
+
+# peft 0.21 asks every wrapped table for every adapter's tensors, and fails (KeyError) where one beside it trains no rows.
+TrainableTokensWrapper.adapter_state_dict = _ask_own(TrainableTokensWrapper.adapter_state_dict)
+TrainableTokensWrapper.adapter_state_dict_load_map = _ask_own(TrainableTokensWrapper.adapter_state_dict_load_map)
 
 
 class AdapterError(ValueError):

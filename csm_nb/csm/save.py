@@ -12,7 +12,7 @@ from csm_nb.cards import write_card
 from csm_nb.csm.adapters import check_whole, describe_adapter, describe_base
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, inner_model, quiet_transformers, tie_codebooks
 from csm_nb.csm.speakers import get_speakers, list_speakers, pick_voice
-from csm_nb.csm.tags import get_tags, name_kind
+from csm_nb.csm.tags import get_tags, name_kind, pick_tag
 from csm_nb.csm.weights import list_tensors
 from csm_nb.paths import show_path
 
@@ -106,9 +106,10 @@ def _write_card(folder, place, model, card, base_id):
     adapter, inner, speakers = isinstance(model, PeftModel), inner_model(model), get_speakers(model)
     table = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model)
     table |= {"speakers": list_speakers(speakers) or "not stated"}
-    table |= {f"before text in {code}": tag for code, tag in get_tags(model).items() if tag}
+    said = get_tags(model)
+    table |= {f"before text in {code}": f"`{tag}`".replace("|", "\\|") for code, tag in said.items() if tag}
     table |= {"sampling rate": f"{inner.codec_model.config.sampling_rate} Hz"}
     held = list_tensors(inner.loaded_from) if adapter and getattr(inner, "loaded_from", None) else set()
     turned = DEPTH_TABLE in held and BACKBONE_TABLE not in held
     tables = (BACKBONE_TABLE, DEPTH_TABLE) if turned else (DEPTH_TABLE, BACKBONE_TABLE)
-    write_card(folder, place, table, base_id, adapter, pick_voice(speakers), tables)
+    write_card(folder, place, table, base_id, adapter, pick_voice(speakers), tables, pick_tag(said))

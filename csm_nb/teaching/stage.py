@@ -338,6 +338,7 @@ def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, car
     figures = gain | select.describe_choice(table, trained["history"]) | (judged or {}) | several.measure_each(run, training)
     counted = {"clips": len(training.data.train_rows)}
     before = {"goes on from": training.data.before} if training.data.before else {}
+    before |= {"languages": ", ".join(run.languages)} if run.languages[1:] else {}
     card = {"language": run.language, "stage": run.stage} | before | card | counted | figures
     folder = [resolve_path(place) / folders.name_trained(run.params, run.language)] if place else []
     for path in (run.dir / "adapter", *folder):
