@@ -16,10 +16,12 @@ LICENCES = r"cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.[05]|apache-2\.0|mit|odc-by|o
 LONGEST = 20  # s; what the example may take, far above its one sentence
 
 
-def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: str, tables: tuple[str, str]) -> None:
+def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: str, tables: tuple[str, str],
+               tag: str = "") -> None:
     """Write `folder`/README.md of the adapter or model that will lie in `place`, and whose figures are `table`.
 
-    `voice` is the speaker of the example; its text is a probe of the language that `table` says it reads, or is of.
+    `voice` is the speaker of the example, `tag` what stands before its text (csm.tags); the text is a probe of the language
+    that `table` says it reads, or is of.
     `tables` are the codebook table to tie in the base after loading, and the one to tie it to.
     """
     place, commit = Path(place), describe_commit(paths.ROOT)
@@ -30,7 +32,7 @@ def write_card(folder, place, table: dict, base_id: str, adapter: bool, voice: s
     trained = _find("ADAPTER" if adapter else "MODEL", place)
     start, adapter_on_it = (_find("BASE", base_id or "unknown"), trained) if adapter else (trained, "")
     here = "" if "root / " in trained else f" It looks for `{_shorten(place)}` in the folder that it is run in."
-    example = write_example(start, adapter_on_it, text, voice, tables)
+    example = write_example(start, adapter_on_it, text, voice, tables, tag)
     save_card(folder, f"""# {place.name}
 
 | what | value |
@@ -72,7 +74,7 @@ def name_licence(said: str) -> dict[str, str]:
     return {"license": name} if re.fullmatch(LICENCES, name) else {"license": "other", "license_name": name}
 
 
-def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[str, str]) -> str:
+def write_example(base: str, adapter: str, text: str, voice: str, tables: tuple[str, str], tag: str = "") -> str:
     """Return Python that loads `base`, puts `adapter` on it (if any) and speaks; both are Python expressions for a folder."""
     name = "base" if adapter else "folder"
     load, peft, attach = f"{name} = {base}", "", ""
@@ -96,7 +98,7 @@ model = CsmForConditionalGeneration.from_pretrained({name}, dtype="float32")
     {kept}{attach}
 processor = AutoProcessor.from_pretrained({name})
 text = {text!r}
-inputs = processor(f"<|begin_of_text|>[{voice}]{{text}}<|end_of_text|>", return_tensors="pt")
+inputs = processor(f"<|begin_of_text|>[{voice}]{tag}{{text}}<|end_of_text|>", return_tensors="pt")
 codec = model.codec_model.config
 longest = int({LONGEST} * codec.frame_rate)  # frames of {LONGEST} s; it ends by itself before
 audio = model.generate(**inputs, output_audio=True, max_new_tokens=longest)

@@ -32,7 +32,8 @@ def check_value(name: str, value, default, allowed="[0, inf)"):
     """Return `value` as the type of `default`: an int becomes a float where a float belongs, a list a tuple where a tuple does.
 
     `allowed` is an interval for numbers ("(0, 1]": brackets belong to it, parentheses do not), also for those in a list, or
-    the words that a text may be; () for any. `name` begins the message: "params/no.yaml: rank". Raises ParameterError.
+    the words that a text may be, or each of a list; () for any. `name` begins the message: "params/no.yaml: rank". Raises
+    ParameterError.
     """
     kind, found = type(default), f"{name} is {value!r}"
     if kind is float and type(value) is int:
@@ -52,13 +53,13 @@ def check_value(name: str, value, default, allowed="[0, inf)"):
         kind, default = (list, list(default)) if kind is tuple else (kind, default)
         raise ParameterError(f"{found} ({type(value).__name__}); allowed is {kind.__name__}, such as {default!r}{hint}")
     if kind in (list, tuple):
-        kinds = {type(item) for item in default[:1]} or {int, float}
+        kinds = {type(item) for item in default[:1]} or ({str} if isinstance(allowed, tuple) else {int, float})
         if default and not value or any(type(item) not in kinds for item in value):
             hint = '; "no" in quotes, YAML reads a bare no as false' if any(item is False for item in value) else ""
             words = " or ".join(sorted(kind.__name__ for kind in kinds))
             raise ParameterError(f"{found} ({type(value).__name__}); allowed is a list of {words}, such as {default!r}{hint}")
     if isinstance(allowed, tuple):
-        if allowed and value not in allowed:
+        if allowed and not set(value if kind is list else [value]) <= set(allowed):
             raise ParameterError(f"{found}; allowed: {', '.join(allowed)}")
         return value
     low, high = (float(edge) for edge in allowed[1:-1].split(","))

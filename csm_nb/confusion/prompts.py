@@ -19,24 +19,26 @@ HOME = "en"  # what the base model was taught
 PROBES, HELD_OUT = "probes", "held-out"  # the kinds of sentences; nothing was chosen on the held-out ones
 
 
-def find_adapters(folder, languages, method: str = "lora") -> tuple[dict, list[str]]:
+def find_adapters(folder, names: dict, method: str = "lora") -> tuple[dict, list[str]]:
     """Return ({language: folder}, languages without one) of the adapters in `folder`.
 
-    They are looked for as lora_<language>, or by method "full" as full_<language>. Raises AdapterError for one whose
-    base.json names another language or can not be read.
+    `names` maps each language to the name that its adapter has there (runs.folders.name_trained): several may share one.
+    Raises AdapterError for one whose base.json names other languages or can not be read.
     """
-    paths = {code: resolve_path(folder) / f"{method}_{code}" for code in languages}
+    paths = {code: resolve_path(folder) / name for code, name in names.items()}
     found = {code: path for code, path in paths.items() if (path / TRAINED[method]).exists()}
     for code, path in found.items():
         try:
-            taught = read_json(path / "base.json").get("language", code)
+            record = read_json(path / "base.json")
+            taught = record.get("language", code)
+            taught = code if code in record.get("tags", {}) else taught
         except (ValueError, AttributeError) as error:
             raise AdapterError(f"{path}/base.json is half a file, or none of an adapter's ({error}); fetch it again, or train it "
                                "again") from error
         if taught != code:
             raise AdapterError(f"{path} is trained on {taught}, by its base.json, and would be read as the one of {code}: rename "
                                f"it to {method}_{taught}, or run 03_adapter for {code}")
-    return found, [code for code in languages if code not in found]
+    return found, [code for code in names if code not in found]
 
 
 def list_languages(language: str, compare) -> list[str]:
@@ -81,7 +83,8 @@ def speak_reference(prompts: pd.DataFrame) -> pd.DataFrame:
 def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: int = 0, keep=None) -> pd.DataFrame:
     """Return what the base and each adapter read: one row per model and prompt, with model, speaker, wav, ended added.
 
-    `adapters` maps a language to its folder, whose name is in the column model. Each speaks with a voice of its own corpus.
+    `adapters` maps a language to its folder; the column model has the folder's kind and the language, lora_sv, also where
+    an adapter has several: it speaks each with its tag, as that one is asked for. Each speaks with a voice of its own corpus.
     The base reads every prompt. An adapter reads those of its own language and, of others, those whose column `cross` is
     true (without that column, all). Adapters are put on one base, one active at a time, and taken off at the end: `model`
     is then what it was before. Fully trained models are loaded one after the other. With `keep` (keep.Keep) nothing is spoken
@@ -94,10 +97,10 @@ def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: 
             own = prompts[(prompts.language == language) | prompts.get("cross", True)]
             if (folder / TRAINED["lora"]).exists():
                 worn = load_adapter(model if worn is None else worn, folder, name=f"adapter_{language}")
-                parts.append(_read_aloud(folder.name, worn, processor, own, seed, keep))
+                parts.append(_read_aloud(f"lora_{language}", worn, processor, own, seed, keep, language))
             else:
                 trained, _ = load_base(str(folder), str(model.device), model.dtype)
-                parts.append(_read_aloud(folder.name, trained, processor, own, seed, keep))
+                parts.append(_read_aloud(f"full_{language}", trained, processor, own, seed, keep, language))
                 del trained  # before the next one comes
     finally:
         if worn is not None:
@@ -105,7 +108,7 @@ def speak_models(model, processor, adapters: dict, prompts: pd.DataFrame, seed: 
     return pd.concat(parts, ignore_index=True)
 
 
-def _read_aloud(name, model, processor, prompts, seed, keep):
+def _read_aloud(name, model, processor, prompts, seed, keep, language=""):
     voice = pick_voice(get_speakers(model))
-    said = speak(model, processor, list(prompts.text), voice, seed=seed, keep=keep)
+    said = speak(model, processor, list(prompts.text), voice, seed=seed, keep=keep, language=language)
     return prompts.assign(model=name, speaker=voice, wav=[s.wav for s in said], ended=[s.ended for s in said])

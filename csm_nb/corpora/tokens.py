@@ -200,8 +200,10 @@ def _check_any(path, files):
     raise TokensError(f"{path} holds no clip; {len(set_aside)} were set aside{reason}. Give a corpus with clips that read")
 
 
-def read_column(rows, name: str) -> list[str]:
-    """Return one column of token rows, a list of dicts or a Dataset, as a list of strings."""
+def read_column(rows, name: str, absent: str | None = None) -> list[str]:
+    """Return one column of token rows, a list of dicts or a Dataset, as a list of strings; `absent` where it may be missing."""
+    if absent is not None and name not in (rows[0] if isinstance(rows, list) and rows else rows.column_names):
+        return [absent] * len(rows)
     column = [row[name] for row in rows] if isinstance(rows, list) else rows.with_format("arrow")[name][:].to_pylist()
     return [str(value) for value in column]
 

@@ -1,6 +1,7 @@
 """What is trained of a model: adapters put on it side by side, taken off and checked, or all of its weights."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -14,17 +15,30 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, BaseModelError, inner_model, tie_codebooks
-from csm_nb.csm.speakers import read_speakers, set_speakers
+from csm_nb.csm.record import drop_records, set_record
+from csm_nb.csm.speakers import read_speakers
+from csm_nb.csm.tags import TagError, check_before, read_tags
 from csm_nb.csm.weights import hash_weights
 from csm_nb.recipe import TRAINED
 
 ATTENTION = "q_proj|k_proj|v_proj|o_proj"
 MLP = "gate_proj|up_proj|down_proj"
+TRAINED_NAMES = r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\."  # of an adapter's parameters, before its name
+
+
+def _ask_own(method):
+    """Make a method of TrainableTokensWrapper answer for the adapters that train rows, and {} for the others beside them."""
+    return lambda wrapper, name, *more: method(wrapper, name, *more) if name in wrapper._get_available_adapters() else {}
+
+
+# peft 0.21 asks every wrapped table for every adapter's tensors, and fails (KeyError) where one beside it trains no rows.
+TrainableTokensWrapper.adapter_state_dict = _ask_own(TrainableTokensWrapper.adapter_state_dict)
+TrainableTokensWrapper.adapter_state_dict_load_map = _ask_own(TrainableTokensWrapper.adapter_state_dict_load_map)
 
 
 class AdapterError(ValueError):
@@ -32,17 +46,18 @@ class AdapterError(ValueError):
 
 
 def add_adapter(model, rank: int = 64, alpha: int = 128, dropout: float = 0.05, mlp: bool = False,
-                text_embeddings: bool = False, seed: int = 0) -> PeftModel:
+                text_embeddings: bool = False, seed: int = 0, rows=()) -> PeftModel:
     """Return `model` with a fresh LoRA adapter on the attention (and with `mlp` the MLP layers) of backbone and depth decoder.
 
     The targets are full paths: bare names such as q_proj would also match Mimi's transformer inside the model.
-    `text_embeddings` trains the text table as well, for letters that the base has never seen. It begins with the weights
-    that `seed` draws, whatever was drawn before.
+    `text_embeddings` trains the text table as well, for letters that the base has never seen; without it, `rows` of it alone
+    (tags.find_rows). It begins with the weights that `seed` draws, whatever was drawn before.
     """
     layers = rf"(backbone_model|depth_decoder\.model)\.layers\.\d+\.(self_attn|mlp)\.({ATTENTION}{'|' + MLP if mlp else ''})"
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers,
         modules_to_save=["embed_text_tokens"] if text_embeddings else None,
+        trainable_token_indices={"embed_text_tokens": list(rows)} if len(rows) and not text_embeddings else None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -67,6 +82,7 @@ def load_adapter(model, folder, trainable: bool = False, name: str = "default") 
         if worn is None:
             worn = get_peft_model(model, config, name)
         else:
+            _check_tables(worn, config, folder)
             worn.add_adapter(name, config)
         config.base_model_name_or_path = trained_on
         _check_keys(worn, folder, name, weights)
@@ -79,7 +95,7 @@ def load_adapter(model, folder, trainable: bool = False, name: str = "default") 
             raise
         raise AdapterError(f"{folder} can not be put on this base ({' '.join(str(error).split())[:300]}); its config and weights "
                            "do not fit each other or the base: fetch or train it again") from error
-    set_speakers(worn, read_speakers(folder))
+    set_record(worn, speakers=read_speakers(folder), tags=read_tags(folder))
     return worn
 
 
@@ -91,7 +107,7 @@ def remove_adapters(model: PeftModel):
     """
     base = model.get_base_model()
     _put_back(base)
-    base.speakers = {name: kept for name, kept in getattr(base, "speakers", {}).items() if not name}  # its own, if any
+    drop_records(base)
     return base
 
 
@@ -146,6 +162,17 @@ def _check_base(model, folder):
         what = "a base of the same shape with other weights" if wrong.keys() == {"weights"} else "another base"
         raise AdapterError(f"{folder} was trained on {what}, {trained_on}; (its own, this one's): {wrong}. Choose the base model "
                            "it was trained on, or train it again")
+
+
+def _check_tables(worn, config, folder):
+    """Refuse what peft 0.21 can not have side by side: it wraps the table in one way, for the whole or for rows."""
+    whole = [bool(one.modules_to_save) for one in (config, *worn.peft_config.values())
+             if one.modules_to_save or one.trainable_token_indices]
+    if len(set(whole)) > 1:
+        own, other = ("all", "rows") if whole[0] else ("rows", "all")
+        raise AdapterError(f"{folder} trained {own} of the text table, and another adapter on the model {other} of it: peft can "
+                           "not have both on one base. Put one on after the other (remove_adapters), or train them alike "
+                           "(train_text)")
 
 
 def _check_keys(model, folder, name, weights):
@@ -231,40 +258,60 @@ def describe_adapter(model) -> dict:
                 layers.setdefault(name.split(".")[0], set()).add(name.split(".")[-1])
         table = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         table |= {f"layers of {part}": ", ".join(sorted(names)) for part, names in layers.items()}
-        trained = {name: value for name, value in model.named_parameters() if "lora_" in name or "modules_to_save" in name}
+        trained = {name: value for name, value in model.named_parameters() if re.search(TRAINED_NAMES, name)}
         total = model.get_nb_trainable_parameters()[1]  # counts weights in 4 bits right
     else:
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         total = sum(value.numel() for value in model.parameters())
     count = sum(value.numel() for value in trained.values())
     return table | {
-        "text embeddings trained": any("embed_text_tokens" in name for name in trained),
+        "text embeddings trained": _describe_table(trained),
         "trained parameters (M)": round(count / 1e6, 3), "share of all": round(count / total, 4),
     }
 
 
+def _describe_table(trained):
+    """Say whether the whole text table is trained, or how many rows of it."""
+    rows = [len(value) for name, value in trained.items() if "trainable_tokens_delta" in name]
+    return f"{rows[0]} of its rows" if rows else any("embed_text_tokens" in name for name in trained)
+
+
 def start_training(model, method: str, before=None, rank: int = 64, alpha: int = 128, dropout: float = 0.05,
-                   mlp: bool = False, text_embeddings: bool = False, speakers=(), seed: int = 0):
+                   mlp: bool = False, text_embeddings: bool = False, speakers=(), seed: int = 0, tags=None, rows=()):
     """Return `model` ready to be trained by `method`, "lora" or "full", from the folder of the stage `before` or anew.
 
     An adapter that is loaded keeps its own rank, alpha, dropout and layers: describe_adapter shows them. A model that was
     trained fully lends its weights. `speakers` (speakers.number_speakers) are those that it will have: it speaks with no
-    other, and they are saved with it. A fresh adapter begins with the weights that `seed` draws. Raises BaseModelError for
-    another method and for full training of weights that were rounded, AdapterError for a folder of another base.
+    other, and they are saved with it. A fresh adapter begins with the weights that `seed` draws. `tags` (tags.make_tags) are
+    those that its clips have, and `rows` the rows of the text table that they are (tags.find_rows). Raises BaseModelError for
+    another method and for full training of weights that were rounded, AdapterError for a folder of another base, TagError
+    where `before` was trained with tags of another kind, or without `rows`. Full training takes no part of the table: with
+    `rows` it trains all of it.
     """
+    if before is not None and tags is not None:
+        check_before(read_tags(before), tags)
     if method not in TRAINED:
         raise BaseModelError(f"method is {method!r}; allowed are {' and '.join(TRAINED)}")
     if method == "full":
         if model.dtype != torch.float32:
             raise BaseModelError(f"the model was loaded in {model.dtype}, which rounded its weights; for method 'full' load it "
                                  "with load_base(..., method='full'), in float32")
-        model = train_fully(model if before is None else load_full(model, before), text_embeddings)
+        model = train_fully(model if before is None else load_full(model, before), text_embeddings or len(rows) > 0)
     elif before is None:
-        model = add_adapter(model, rank, alpha, dropout, mlp, text_embeddings, seed)
+        model = add_adapter(model, rank, alpha, dropout, mlp, text_embeddings, seed, rows)
     else:
         model = load_adapter(model, before, trainable=True)
-    set_speakers(model, list(speakers) or read_speakers(before))
+        _check_rows(model, rows, before)
+    set_record(model, speakers=list(speakers) or read_speakers(before), tags=read_tags(before) if tags is None else tags)
     return model
+
+
+def _check_rows(model, rows, before):
+    config = model.peft_config[model.active_adapter]
+    held = (config.trainable_token_indices or {}).get("embed_text_tokens", [])
+    if not config.modules_to_save and set(rows) - set(held):
+        raise TagError(f"{before} trains rows {held} of the text table, and the tags of this training are {sorted(rows)}: give "
+                       "the languages that it was begun with, or begin anew (init_adapter empty)")
 
 
 def load_full(model, folder):

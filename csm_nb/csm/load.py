@@ -13,7 +13,9 @@ from transformers.utils import logging
 
 from csm_nb.clean import clean_text
 from csm_nb.codec.mimi import load_codec
-from csm_nb.csm.speakers import read_speakers, set_speakers
+from csm_nb.csm.record import set_record
+from csm_nb.csm.speakers import read_speakers
+from csm_nb.csm.tags import find_rows, is_row, read_tags
 from csm_nb.csm.weights import list_weights
 from csm_nb.device import pick_device
 from csm_nb.hub import fetch_model
@@ -69,8 +71,7 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: st
         model.codec_model.load_state_dict(load_codec(path).state_dict())
     model = model if four_bit else model.to(device)
     model.loaded_from = path
-    if read_speakers(path):
-        set_speakers(model, read_speakers(path))
+    set_record(model, speakers=read_speakers(path), tags=read_tags(path))
     return model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path)
 
 
@@ -148,12 +149,19 @@ def inner_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def encode_text(processor, text: str, speaker_id: str) -> list[int]:
+def encode_text(processor, text: str, speaker_id: str, tag: str = "") -> list[int]:
     """Return token ids of the prompt "[speaker]text" as CSM reads it, begin and end of text included.
 
     The text is cleaned (clean_text) for whoever did not, and what looks like a control token in it is spelled out letter by
-    letter: it ends nothing.
+    letter: it ends nothing. `tag` (tags.pick_tag) stands between speaker and text, as characters, or as the one token that
+    it names. Raises TagError for a token that the tokenizer does not have.
     """
-    tokenizer, prompt = processor.tokenizer, f"[{speaker_id}]{clean_text(text)}"
+    tokenizer, head = processor.tokenizer, f"[{speaker_id}]"
     begin, end = tokenizer.convert_tokens_to_ids(["<|begin_of_text|>", "<|end_of_text|>"])
-    return [begin, *tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids, end]
+
+    def encode(part):
+        return tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    if is_row(tag):
+        return [begin, *encode(head), *find_rows(tokenizer, {"": tag}), *encode(clean_text(text)), end]
+    return [begin, *encode(f"{head}{tag}{clean_text(text)}"), end]

@@ -12,6 +12,7 @@ from csm_nb.cards import write_card
 from csm_nb.csm.adapters import check_whole, describe_adapter, describe_base
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, inner_model, quiet_transformers, tie_codebooks
 from csm_nb.csm.speakers import get_speakers, list_speakers, pick_voice
+from csm_nb.csm.tags import get_tags, name_kind, pick_tag
 from csm_nb.csm.weights import list_tensors
 from csm_nb.paths import show_path
 
@@ -19,27 +20,31 @@ from csm_nb.paths import show_path
 def save_trained(model, processor, folder, card: dict | None = None, base_id: str = "") -> Path:
     """Write what was trained and return its folder: an adapter (save_adapter), or the whole model as it is (save_full)."""
     if isinstance(model, PeftModel):
-        return save_adapter(model, folder, card, base_id)
+        return save_adapter(model, folder, card, base_id, processor)
     return save_full(model, processor, folder, card, base_id, dtype=None)
 
 
-def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: str = "") -> Path:
+def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: str = "", processor=None) -> Path:
     """Write a plain PEFT folder with a model card and return it; it replaces what was there when all is written.
 
-    `card` is the card's table (data, licence, figures ...); what was trained and the git commit are added to it.
+    `card` is the card's table (data, licence, figures ...); what was trained and the git commit are added to it. An adapter
+    whose tags are rows of the text table takes the tokenizer of `processor` along, which knows them by name.
     """
     with _write_folder(folder) as partial:
         if base_id:
             model.peft_config["default"].base_model_name_or_path = show_path(base_id)
         model.save_pretrained(partial, save_embedding_layers=False)  # peft would ask the hub; a trained table is saved anyway
         write_record(model, partial, (card or {}).get("language", ""))
+        if processor is not None and name_kind(get_tags(model)) == "token":
+            processor.tokenizer.save_pretrained(partial)
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 
 
 def write_record(model, folder, language: str = "") -> None:
-    """Write base.json: the base that an adapter needs (describe_base), the speakers it was trained with, its language."""
-    record = describe_base(model) | {"speakers": get_speakers(model)} | ({"language": language} if language else {})
+    """Write base.json: the base that an adapter needs (describe_base), its speakers and tags, its language."""
+    record = describe_base(model) | {"speakers": get_speakers(model), "tags": get_tags(model)}
+    record |= {"language": language} if language else {}
     (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -101,8 +106,10 @@ def _write_card(folder, place, model, card, base_id):
     adapter, inner, speakers = isinstance(model, PeftModel), inner_model(model), get_speakers(model)
     table = {"licence": "of the data: not stated"} | (card or {}) | describe_adapter(model)
     table |= {"speakers": list_speakers(speakers) or "not stated"}
+    said = get_tags(model)
+    table |= {f"before text in {code}": f"`{tag}`".replace("|", "\\|") for code, tag in said.items() if tag}
     table |= {"sampling rate": f"{inner.codec_model.config.sampling_rate} Hz"}
     held = list_tensors(inner.loaded_from) if adapter and getattr(inner, "loaded_from", None) else set()
     turned = DEPTH_TABLE in held and BACKBONE_TABLE not in held
     tables = (BACKBONE_TABLE, DEPTH_TABLE) if turned else (DEPTH_TABLE, BACKBONE_TABLE)
-    write_card(folder, place, table, base_id, adapter, pick_voice(speakers), tables)
+    write_card(folder, place, table, base_id, adapter, pick_voice(speakers), tables, pick_tag(said))

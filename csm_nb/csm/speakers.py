@@ -5,14 +5,12 @@ that tells corpora apart), speaker (its id there), clips and hours (of the last 
 was the stage that the adapter is of). A voice that is not its own it has half forgotten, or never learned.
 """
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas as pd
-from peft import PeftModel
 
 from csm_nb.clean import compose
+from csm_nb.csm.record import get_record, read_record, set_record
 from csm_nb.paths import resolve_path
 from csm_nb.provenance import hash_recordings
 from csm_nb.synth.corpus import HELD_OUT_VOICES
@@ -117,23 +115,14 @@ def find_clip(rows, voice: str) -> dict:
 
 def read_speakers(folder) -> list[dict]:
     """Return the speakers kept in the base.json of an adapter or fully trained model; [] for None or a folder without."""
-    path = Path(folder) / "base.json" if folder else None
-    return json.loads(path.read_text(encoding="utf-8")).get("speakers", []) if path and path.is_file() else []
+    return read_record(folder).get("speakers", [])
 
 
 def set_speakers(model, speakers: list[dict]) -> None:
     """Let `model`, or the active adapter on it, have these speakers: speak takes no other, and saving writes them."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    inner.speakers = getattr(inner, "speakers", {}) | {_active(model): speakers}
+    set_record(model, speakers=speakers)
 
 
 def get_speakers(model) -> list[dict]:
     """Return the speakers of `model` or of the adapter that is active on it; [] for a base, or one whose adapter is off."""
-    if isinstance(model, PeftModel) and model.get_model_status().enabled is False:
-        return []
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(inner, "speakers", {}).get(_active(model), [])
-
-
-def _active(model):
-    return model.active_adapter if isinstance(model, PeftModel) else ""
+    return get_record(model).get("speakers", [])

@@ -28,6 +28,7 @@ from csm_nb.train.loss import compute_loss
 from csm_nb.train.packing import batch_clips, read_clips
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<|unknown|>")
+RESERVED = tuple(f"<|reserved_special_token_{number}|>" for number in range(128))  # under Llama 3's names, behind all others
 # ASCII, Latin-1 and Extended-A, IPA letters, modifiers, combining marks, tone numbers, the Greek letters of the IPA.
 CHARACTERS = [*map(chr, (*range(0x20, 0x7F), *range(0xA1, 0x180), *range(0x250, 0x370))), *"βθχᵻⱱ"]
 CHAT_TEMPLATE = (
@@ -44,26 +45,29 @@ CHAT_TEMPLATE = (
 
 
 def build_processor() -> CsmProcessor:
-    """Return a processor with one token per character and CSM's special tokens and chat template."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    """Return a processor with one token per character, CSM's special tokens and chat template, and tokens in reserve."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS, *RESERVED])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2], unk_token=SPECIAL[4],
-        additional_special_tokens=[SPECIAL[3]], clean_up_tokenization_spaces=False,
+        additional_special_tokens=[SPECIAL[3], *RESERVED], clean_up_tokenization_spaces=False,
     )
     extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000, padding_value=0.0)
     return CsmProcessor(extractor, fast, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int = 6) -> CsmForConditionalGeneration:
-    """Return a CsmForConditionalGeneration of about 4.5 M parameters around `codec`, freshly initialised, tables tied."""
+    """Return a CsmForConditionalGeneration of about 4.5 M parameters around `codec`, freshly initialised, tables tied.
+
+    Its text table has no rows for RESERVED yet: reserve_rows appends them after the training.
+    """
     codebooks, vocabulary = codec.config.num_quantizers, codec.config.codebook_size + 3
     token_id = processor.tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     config = CsmConfig(
-        num_codebooks=codebooks, vocab_size=vocabulary, text_vocab_size=len(processor.tokenizer), hidden_size=hidden_size,
+        num_codebooks=codebooks, vocab_size=vocabulary, text_vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=hidden_size,
         intermediate_size=3 * hidden_size, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         head_dim=hidden_size // 4, max_position_embeddings=2048, rope_parameters=rope, codebook_pad_token_id=vocabulary - 1,
         codebook_eos_token_id=0, bos_token_id=token_id(SPECIAL[0]), eos_token_id=None, pad_token_id=token_id(SPECIAL[2]),
@@ -80,6 +84,20 @@ def build_model(codec: MimiModel, processor, hidden_size: int = 192, layers: int
     model.generation_config = GenerationConfig(max_new_tokens=125, do_sample=True, temperature=0.6, top_k=30)
     tie_codebooks(model, [DEPTH_TABLE])
     return model
+
+
+def reserve_rows(model: CsmForConditionalGeneration, seed: int = 0) -> None:
+    """Append the rows of RESERVED to the text table, drawn by `seed` as every row begins: normal, config.initializer_range.
+
+    Nothing has read them, as nothing has read those of Llama 3, and an adapter is to train them. Zeros would not do: the
+    first layer divides by the row's norm, and the gradient of one such row would be hundreds of times all others, which the
+    clipping of gradients is to share out. The mean of the letters would begin every language and phone as the same row.
+    """
+    table = model.embed_text_tokens.weight.detach()
+    rows = torch.empty(len(RESERVED), table.shape[1])
+    rows.normal_(std=model.config.initializer_range, generator=torch.Generator().manual_seed(seed))
+    model.embed_text_tokens = torch.nn.Embedding.from_pretrained(torch.cat([table, rows.to(table)]), freeze=False)
+    model.config.text_vocab_size = len(model.embed_text_tokens.weight)
 
 
 def make_rows(codec: MimiModel, sentences: int, seed: int = 0, language: str = "en", takes: int = 1) -> list[dict]:
@@ -144,6 +162,7 @@ def train_base(codec_dir, out, minutes: float, seed: int = 0, work="data/mini/ba
 
     result = fit({"model": model}, loss, minutes, work, lr=1.5e-3, seed=seed, betas=(0.9, 0.98), weight_decay=0.05)
     model.cpu().eval().codec_model.load_state_dict(codec.cpu().state_dict())  # its decoder may have learned on since
+    reserve_rows(model, seed)
     save_base(model, processor, out, torch.float16, torch.float16)
     record = {"codec": read_json(Path(codec_dir) / "training.json"), "base": describe_training(result, seed)}
     write_json(Path(out) / "training.json", record)

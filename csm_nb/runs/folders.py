@@ -80,6 +80,11 @@ class Run:
                              f"{', '.join(params)}")
 
     @property
+    def languages(self) -> list[str]:
+        """The languages that its adapter is taught: its own, and those of `also`."""
+        return [self.language, *self.params.get("also", [])]
+
+    @property
     def place(self) -> str:
         """The run's folder as a page shows it: below the project's root relative to it."""
         return show_path(self.dir)
@@ -128,8 +133,13 @@ def find_inputs(params: dict) -> dict[str, dict]:
 
 
 def name_trained(params: dict, language: str) -> str:
-    """Return the name of the folder that 03 leaves in adapters_dir: lora_no, or full_no where everything was trained."""
-    return f"{params.get('method', 'lora')}_{language}"
+    """Return the name of the folder that 03 leaves in adapters_dir: lora_no, or full_no where everything was trained.
+
+    One that is taught several languages (`also`) has them all, in the order of csm_nb.languages: lora_no+sv+da.
+    """
+    taught = {params.get("language"), *params.get("also", [])}
+    codes = [code for code in LANGUAGES if code in taught] if language in taught else [language]
+    return f"{params.get('method', 'lora')}_{'+'.join(codes)}"
 
 
 def find_adapter(init_adapter: str, run: Run) -> Path | None:
@@ -158,13 +168,20 @@ def _find_adapter(init_adapter, params, inputs):
         )
     language, runs, base = params["language"], resolve_path(params["runs_dir"]), inputs["base_model"]["hash"]
     for done in sorted(runs.glob(f"{language}/{init_adapter}/*/done.json"), key=os.path.getmtime, reverse=True):
-        adapter, made_with = done.parent / "adapter", read_json(done.with_name("run.json"))["inputs"]
-        if (adapter / TRAINED[method]).is_file() and made_with.get("base_model", {}).get("hash") == base:
+        adapter, record = done.parent / "adapter", read_json(done.with_name("run.json"))
+        alike = _list_taught(record["params"]) == _list_taught(params)
+        if (adapter / TRAINED[method]).is_file() and record["inputs"].get("base_model", {}).get("hash") == base and alike:
             return adapter
+    tag, also = _list_taught(params)
+    taught = f", tag={tag}" * (tag != "none") + f", also={also}" * bool(also)
     raise ParameterError(
         f"init_adapter is {init_adapter!r}, and {show_path(runs)}/{language}/{init_adapter} holds no complete run with "
-        f"method={method} on {params['base_model']}; run {init_adapter} for {language} first, or give a folder, or empty"
+        f"method={method}{taught} on {params['base_model']}; run {init_adapter} for {language} first, or give a folder, or empty"
     )
+
+
+def _list_taught(params):
+    return params.get("tag", "none"), sorted(params.get("also", []))
 
 
 def hash_run(stage: str, params: dict, inputs: dict) -> str:
@@ -174,7 +191,7 @@ def hash_run(stage: str, params: dict, inputs: dict) -> str:
     """
     named = _drop_quiet({key: value for key, value in params.items() if key not in inputs})
     cells = [cell for cell in _code_cells(_notebook_path(stage)) if not _is_parameters(cell)]
-    asked = {"en", params["language"], *params.get("compare", [])}
+    asked = {"en", params["language"], *params.get("compare", []), *params.get("also", [])}
     code = hash_code("\n".join("".join(cell["source"]) for cell in cells), paths.PACKAGE, ("runs.templates",),
                      tuple(sorted(LANGUAGES.keys() - asked)))
     return hash_value([named, {key: value["hash"] for key, value in inputs.items()}, code, *_list_optional(stage, params)])

@@ -9,7 +9,7 @@ import torch
 
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import split, tokens
-from csm_nb.csm import adapters, load
+from csm_nb.csm import adapters, load, tags
 from csm_nb.device import pick_device
 from csm_nb.paths import TRAINING, resolve_path, show_path
 from csm_nb.provenance import read_json
@@ -54,11 +54,13 @@ def train_run(folder) -> list[dict]:
     base = resolve_path(base) if resolve_path(base).exists() else base
     recipe = read_recipe(params)
     model, processor = load.load_base(base, device, recipe.dtype, recipe.four_bit, recipe.backend, params["method"])
+    said = tags.make_tags(params.get("tag", "none"), [params["language"], *params.get("also", [])])
     before = inputs.get("init_adapter")
     before = resolve_path(before["path"]) if before else None
     model = adapters.start_training(model, params["method"], before, recipe.rank, recipe.alpha, recipe.dropout,
-                                    recipe.train_mlp, recipe.train_text, seed=params["seed"])
-    rows = tokens.read_tokens(resolve_path(kept[-1]), load_codec(base))
+                                    recipe.train_mlp, recipe.train_text, seed=params["seed"], tags=said,
+                                    rows=tags.find_rows(processor.tokenizer, said))
+    rows = tags.tag_rows(tokens.read_tokens(resolve_path(kept[-1]), load_codec(base)), said)
     train_rows, valid_rows, how = split.split_rows(rows, recipe.max_tokens)
     if rank == 0:
         print(f"{len(train_rows)} clips to train on; {how}", flush=True)

@@ -25,7 +25,8 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "di
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
 PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes")  # where a run happens, not what it computes
-CHOICES = {"method": ("lora", "full"), "codec_backend": ("transformers", "moshi"), "f0_method": ("praat", "pyin", "torchcrepe")}
+CHOICES = {"method": ("lora", "full"), "tag": ("none", "text", "token"), "codec_backend": ("transformers", "moshi"),
+           "also": tuple(LANGUAGES), "f0_method": ("praat", "pyin", "torchcrepe")}
 # What a number may be (recipe.check_value); those that stand in no row are 0 or more. A recipe's fields say it themselves.
 RANGES = {
     "[1, inf)": "clips anchor_clips synthetic_clips phoneme_clips sentences codebooks",
@@ -188,6 +189,8 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
         try:
             for code in {"language": [value], "compare": value}.get(key, []):
                 get_language(code)
+            if key == "also" and len({effective["language"], *value}) <= len(value):
+                raise ValueError("allowed are languages beside the one that is taught, each once")
         except ValueError as error:
             raise ParameterError(f"{found}: {error}") from error
         if key == "engine" and value:

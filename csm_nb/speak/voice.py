@@ -4,6 +4,7 @@ import re
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from csm_nb import paths
 from csm_nb.csm.load import inner_model
@@ -12,7 +13,8 @@ from csm_nb.provenance import hash_code, hash_tensors, hash_value
 
 # What speaking imports and that changes no code of an utterance, or that counts by its content: how files are found and kept,
 # texts and voices, and the codec, which only decodes what was said.
-GIVEN = ("text", "synth", "codec", "hub", "paths", "claims", "keep", "provenance", "csm.save", "csm.speakers", "csm.weights")
+GIVEN = ("text", "synth", "codec", "hub", "paths", "claims", "keep", "provenance", "csm.record", "csm.save",
+         "csm.speakers", "csm.tags", "csm.weights")
 
 
 def describe_speech(model, settings: dict) -> dict:
@@ -45,11 +47,13 @@ def hash_model(model) -> str:
     inner, active = inner_model(model), name_active(model) or None
     tensors = {}
     for name, value in inner.named_parameters():
-        part = re.fullmatch(r"(.*\.(?:lora_\w+|modules_to_save))\.([^.]+)(.*)", name)
+        part = re.fullmatch(r"(.*\.(?:lora_\w+|modules_to_save|trainable_tokens_delta))\.([^.]+)(.*)", name)
         if name.startswith("codec_model.") or part and part[2] != active:
             continue
-        tensors[part[1] + part[3] if part else re.sub(r"\.(base_layer|original_module)\b", "", name)] = value
+        tensors[part[1] + part[3] if part else re.sub(r"\.(token_adapter|base_layer|original_module)\b", "", name)] = value
     scales = {name: module.scaling[active] for name, module in inner.named_modules()
               if isinstance(module, LoraLayer) and active in module.scaling}
+    scales |= {name: module.token_indices[active] for name, module in inner.named_modules()  # which rows were trained
+               if isinstance(module, TrainableTokensLayer) and active in module.token_indices}
     stored = hash_weights(inner.loaded_from) if getattr(inner, "is_loaded_in_4bit", False) else ""  # 4 bits have a scale beside
     return hash_value([hash_tensors(tensors), scales, stored])

@@ -12,7 +12,7 @@ from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import check, listed, split, tokens
 from csm_nb.corpora.sources import load_corpus
-from csm_nb.csm import adapters, load, save, speakers
+from csm_nb.csm import adapters, load, save, speakers, tags
 from csm_nb.fidelity import gate
 from csm_nb.hub import describe_model
 from csm_nb.judge import judges
@@ -28,6 +28,7 @@ from csm_nb.show import players, results, sound
 from csm_nb.speak.generate import speak
 from csm_nb.synth.corpus import HELD_OUT_VOICES, make_corpus
 from csm_nb.synth.engines import make_spoken, read_engine
+from csm_nb.teaching import several
 from csm_nb.text.sentences import draw_prompts, make_sentences, spell_alphabet
 from csm_nb.train import callbacks, cost, select, self_check, trainer
 from csm_nb.train.place import place_training
@@ -97,8 +98,13 @@ def load_base(run: Run):
     recipe = read_recipe(run.params)
     model, processor = load.load_base(run.base_model, run.device, recipe.dtype, recipe.four_bit, recipe.backend,
                                       run.params.get("method", "lora"))
+    tags.find_rows(processor.tokenizer, _make_tags(run))  # before hours are spent on what it can not read
     display(self_check.prove_model(model, processor, _list_own(run.language)))
     return model, processor
+
+
+def _make_tags(run):
+    return tags.make_tags(run.params.get("tag", "none"), run.languages)
 
 
 def _list_own(language):
@@ -114,10 +120,12 @@ def make_speech(run: Run, language: str, count: int, seed: int, **how) -> list[d
     """
     prompts, drawn = draw_prompts(language, count, seed)
     print(drawn)
+    taught = how.get("spoken_as") or language
+    place = run.dir / ("corpus" if taught == run.language else f"corpus_{taught}")
     if not run.params.get("engine"):
-        return read_manifest(make_corpus(prompts, language, run.dir / "corpus", **how))
+        return read_manifest(make_corpus(prompts, language, place, **how))
     engine, voices, budget = read_engine(run.engine)
-    spoken = make_spoken(prompts, language, run.dir / "corpus", engine, voices, budget, how.get("spoken_as"),
+    spoken = make_spoken(prompts, language, place, engine, voices, budget, how.get("spoken_as"),
                          run.data / "synthetic" / engine.name)
     return read_manifest(spoken)
 
@@ -133,10 +141,11 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     Without a corpus, espeak-ng voices that no stage before has used stand in for it, and it says so.
     """
     if run.corpus:
-        rows = load_corpus(run.corpus, run.language, run.corpus_clips, run.seed)
+        rows = [row for code in run.languages for row in load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
         card = {"data": run.corpus} | listed.describe_licence(run.language, run.corpus, run.corpus_licence)
     else:
-        rows = make_speech(run, run.language, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)
+        rows = [row for code in run.languages
+                for row in make_speech(run, code, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)]
         card = {"data": "espeak-ng voices that no stage before has used, standing in for a real corpus (synthetic)",
                 "licence": f"of the data: {run.corpus_licence or 'synthetic speech'}"}
     print(f"the corpus: {card['data']}")
@@ -203,11 +212,13 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     """
     if clips.set_aside:
         write_json(run.dir / "set_aside.json", clips.set_aside)
-    before = folders.find_adapter(run.params.get("init_adapter", ""), run)
+    before, said = folders.find_adapter(run.params.get("init_adapter", ""), run), _make_tags(run)
+    if run.languages[1:] or tags.name_kind(said) != "none":
+        clips = replace(clips, good=several.balance_hours(clips.good, run.languages, run.seed))
     good, voices = speakers.number_speakers(clips.good, corpus, before)
     codec = load_codec(run.base_model, run.device)
     made = tokens.write_tokens(good, codec, run.data)
-    rows = tokens.read_tokens(made["path"], codec)
+    rows = tags.tag_rows(tokens.read_tokens(made["path"], codec), said)
     train_rows, valid_rows, how = split.split_rows(rows, read_recipe(run.params).max_tokens)
     folders.note_used(run, tokens=made["path"])
     found = made["clips"] - made["encoded"]  # here, or in the tokens of another corpus
@@ -223,7 +234,8 @@ def start_training(run: Run, model, processor, data: Encoded) -> Training:
     """Return the training of a run, begun from the stage before or anew, after the self-check of what is trained."""
     recipe = read_recipe(run.params)
     model = adapters.start_training(model, run.params.get("method", "lora"), data.before, recipe.rank, recipe.alpha,
-                                    recipe.dropout, recipe.train_mlp, recipe.train_text, data.voices, run.seed)
+                                    recipe.dropout, recipe.train_mlp, recipe.train_text, data.voices, run.seed,
+                                    _make_tags(run), tags.find_rows(processor.tokenizer, _make_tags(run)))
     print(f"goes on from {folders.show_path(data.before) if data.before else 'the base'}{_say_kept(model, recipe, data.before)}")
     display(pd.Series(adapters.describe_adapter(model), name="trained").to_frame())
     texts = [row["text"] for row in data.clips.good]
@@ -292,7 +304,7 @@ def judge_speech(run: Run, training: Training, lid, asr) -> dict:
                                 run.seed + 1, training.keep)
     figures = select.describe_speech(judged)
     display(pd.Series(figures, name="saved weights").round(3).to_frame())
-    return figures
+    return figures | several.judge_others(run, training, lid)
 
 
 def listen(run: Run, training: Training, language: str, probes) -> None:
@@ -323,9 +335,10 @@ def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, car
     """
     gain = select.compare_losses(trained["before"], select.measure_clips(training.model, training.processor,
                                                                          training.data.valid_rows, training.recipe))
-    figures = gain | select.describe_choice(table, trained["history"]) | (judged or {})
+    figures = gain | select.describe_choice(table, trained["history"]) | (judged or {}) | several.measure_each(run, training)
     counted = {"clips": len(training.data.train_rows)}
     before = {"goes on from": training.data.before} if training.data.before else {}
+    before |= {"languages": ", ".join(run.languages)} if run.languages[1:] else {}
     card = {"language": run.language, "stage": run.stage} | before | card | counted | figures
     folder = [resolve_path(place) / folders.name_trained(run.params, run.language)] if place else []
     for path in (run.dir / "adapter", *folder):

@@ -36,15 +36,16 @@ class Clips:
 def read_clips(rows, processor, max_tokens: int, frame_rate: float, context: int | None = None) -> Clips:
     """Return `rows` (text, codes, speaker_id; a list or a Dataset) ready to be packed into rows of `max_tokens` positions.
 
-    `frame_rate` is the codec's, in Hz. `context` is how many positions the model knows (its max_position_embeddings). A
-    packed row may be longer than that, as positions begin anew in each clip; a clip may not. Raises TrainingError when
-    there is no clip, or none that fits.
+    What a column `tag` has (tags.tag_rows) stands before the text. `frame_rate` is the codec's, in Hz. `context` is how
+    many positions the model knows (its max_position_embeddings). A packed row may be longer than that, as positions begin
+    anew in each clip; a clip may not. Raises TrainingError when there is no clip, or none that fits.
     """
     if len(rows) == 0:
         raise TrainingError("there is no clip to train on; look at the clips that were set aside above")
     texts, speakers = read_column(rows, "text"), read_column(rows, "speaker_id")
     frames = np.array(count_frames(rows))
-    input_ids = [encode_text(processor, text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
+    tags = read_column(rows, "tag", "")
+    input_ids = [encode_text(processor, *prompt) for prompt in zip(texts, speakers, tags, strict=True)]
     lengths = np.array([len(ids) for ids in input_ids]) + frames + 1
     beyond = context is not None and context < max_tokens
     most, limit = (context, f"the model's context is {context}") if beyond else (max_tokens, f"a row holds {max_tokens}")

@@ -26,7 +26,8 @@ MOVES_NOTHING = {"log_every", "log_seconds", "sample_every", "save_every", "save
 IN_WEIGHTS = {"rank", "alpha", "dropout", "train_mlp", "train_text", "four_bit", "backend", "dtype"}
 # What the trainer imports and its key holds by content, or that moves no weight: texts, codes and weights as they come out of
 # these rooms, and how files are found, written and claimed.
-GIVEN = ("text", "corpora", "codec", "hub", "paths", "claims", "provenance", "csm.save", "csm.speakers", "csm.weights")
+GIVEN = ("text", "corpora", "codec", "hub", "paths", "claims", "provenance", "csm.record", "csm.save",
+         "csm.speakers", "csm.tags", "csm.weights")
 
 
 def place_training(model, train_rows, valid_rows, recipe, data) -> Path:
@@ -90,8 +91,9 @@ def _hash_tensors(tensors):
 
 
 def hash_rows(rows) -> str:
-    """Return a hash of token rows, a list or a Dataset, in their order: texts, speakers, frames and codes."""
+    """Return a hash of token rows, a list or a Dataset, in their order: texts, tags, speakers, frames and codes."""
     columns = [read_column(rows, "text"), read_column(rows, "speaker_id"), count_frames(rows)]
+    columns += [tags] if any(tags := read_column(rows, "tag", "")) else []
     digest = sha256(hash_value(columns).encode())
     for codes in _read_codes(rows):
         digest.update(np.ascontiguousarray(codes, np.uint16).tobytes())

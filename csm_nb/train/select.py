@@ -194,7 +194,7 @@ def judge_model(model, processor, texts, language: str, lid, asr, speaker_id: st
     clip of babble does not outweigh all others. With `keep` (keep.Keep) nothing
     is spoken or heard that was before.
     """
-    said = speak(model, processor, texts, speaker_id, seed=seed, keep=keep)
+    said = speak(model, processor, texts, speaker_id, seed=seed, keep=keep, language=language)
     wavs = [s.wav for s in said]
     table = pd.DataFrame({
         "text": list(texts), "CER": character_error_rates(texts, transcribe(asr, wavs, keep=keep), language).clip(max=1),

@@ -111,24 +111,24 @@ def test_adapters_that_are_missing_are_named(tmp_path):
     (tmp_path / "lora_no").mkdir()
     (tmp_path / "lora_no/adapter_config.json").write_text("{}")
     (tmp_path / "lora_sv").mkdir()
-    found, missing = find_adapters(str(tmp_path), ["no", "sv", "da"])
+    found, missing = find_adapters(str(tmp_path), {code: f"lora_{code}" for code in ("no", "sv", "da")})
     assert list(found) == ["no"] and missing == ["sv", "da"]
     (tmp_path / "full_da").mkdir()
     (tmp_path / "full_da/config.json").write_text("{}")
-    assert list(find_adapters(str(tmp_path), ["no", "sv", "da"], "full")[0]) == ["da"]
+    assert list(find_adapters(str(tmp_path), {code: f"full_{code}" for code in ("no", "da")}, "full")[0]) == ["da"]
 
 
 def test_an_adapter_under_the_name_of_another_language_is_refused(tmp_path):
     model, _ = load_base("models/csm-mini", "cpu")
     made = save_adapter(start_training(model, "lora", rank=2), tmp_path / "lora_da", {"language": "da"})
-    assert find_adapters(tmp_path, ["da"]) == ({"da": made}, [])
+    assert find_adapters(tmp_path, {"da": "lora_da"}) == ({"da": made}, [])
     made.rename(tmp_path / "lora_sv")
     with pytest.raises(AdapterError, match="lora_sv is trained on da, .* rename it to lora_da, or run 03_adapter for sv"):
-        find_adapters(tmp_path, ["sv"])
+        find_adapters(tmp_path, {"sv": "lora_sv"})
     for broken in ('{"language": "s', "[]"):
         (tmp_path / "lora_sv/base.json").write_text(broken)
         with pytest.raises(AdapterError, match="base.json is half a file"):
-            find_adapters(tmp_path, ["sv"])
+            find_adapters(tmp_path, {"sv": "lora_sv"})
 
 
 def test_a_fully_trained_model_speaks_with_its_own_weights_and_the_base_with_the_base_s(tmp_path):

@@ -14,7 +14,7 @@ from conftest import ROOT
 from csm_nb.claims import claim
 from csm_nb.corpora import tokens
 from csm_nb.paths import TRAINING
-from csm_nb.provenance import write_json
+from csm_nb.provenance import read_json, write_json
 from csm_nb.recipe import TrainingError
 from csm_nb.runs import launch
 from csm_nb.runs.params import read_cell
@@ -28,8 +28,7 @@ def make_run(folder, **changes):
     folder.mkdir(parents=True)
     params = {name: parameter.default for name, parameter in read_cell("01_anchor").items()}
     given = {"steps": 3, "rank": 4, "alpha": 8, "max_tokens": 128, "log_every": 1} | changes
-    given.pop("method", None)
-    params |= {"device": "cpu", "method": changes.get("method", "lora"), "recipe": given}
+    params |= {"device": "cpu", "method": given.pop("method", "lora"), "tag": given.pop("tag", "none"), "recipe": given}
     params["runs_dir"] = str(folder.parent / "runs")
     write_json(folder / "run.json", {"status": "running", "stage": "01_anchor", "language": "no", "params": params,
                                      "inputs": {"base_model": {"path": "models/csm-mini", "hash": ""}},
@@ -44,7 +43,7 @@ def make_run(folder, **changes):
 
 @pytest.mark.parametrize("changes", [
     {"text_weight": 0.5, "train_text": True, "gradient_checkpointing": True}, {"method": "full"},
-    {"steps": 0, "epochs": 1.5}], ids=str)  # which one process would make in twice the steps
+    {"steps": 0, "epochs": 1.5, "tag": "token"}], ids=str)  # which one process would make in twice the steps
 def test_two_processes_train_a_run_that_one_then_finds_done(tmp_path, changes):
     folder = make_run(tmp_path / "run", **changes)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -53,6 +52,8 @@ def test_two_processes_train_a_run_that_one_then_finds_done(tmp_path, changes):
     [training] = (tmp_path / "data" / "trainings").glob("*/")
     assert [step for step, _ in list_checkpoints(training)][-1] == 3
     assert done.stdout.count("step 3/3  loss") == 1 and done.stdout.count("10 clips to train on; 2 clips of 2 held-out") == 1
+    tags = read_json(list_checkpoints(training)[-1][1] / "base.json")["tags"]
+    assert tags == {"no": "<|reserved_special_token_3|>" if "tag" in changes else ""}
     written = (training / "metrics.jsonl").read_text()
     history = launch.train_run(folder)  # as the notebook does, in one process
     assert history == [row for row in map(json.loads, written.splitlines()) if "train_loss" not in row]
@@ -87,4 +88,4 @@ def test_the_command_says_how_and_fails_with_what_to_do(tmp_path, monkeypatch, c
 
 def test_every_stage_that_trains_has_the_parameters_that_a_launch_reads():
     for stage in TRAINING:
-        assert {"method", "recipe", "seed", "device", "runs_dir"} <= read_cell(stage).keys()
+        assert {"method", "tag", "also", "recipe", "seed", "device", "runs_dir"} <= read_cell(stage).keys()

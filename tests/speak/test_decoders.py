@@ -51,7 +51,7 @@ def ask(model, processor, texts, adapters, slots, seed=0, sampling=None):
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     with torch.inference_mode():
         decoders = Decoders(model, list(getattr(model, "peft_config", {})))
-        waiting = [make_utterance(decoders, inner, processor, text, "0", adapter, seed, sampling, key=number)
+        waiting = [make_utterance(decoders, inner, processor, text, "0", adapter, "", seed, sampling, key=number)
                    for number, (text, adapter) in enumerate(zip(texts, adapters, strict=True))]
         return [one.codes for one in sorted(say(decoders, waiting, slots), key=lambda one: one.key)]
 
