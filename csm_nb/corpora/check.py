@@ -20,9 +20,10 @@ def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_
     Kinds are "unreadable" (also a text that can not be decoded), "silent", "too short", "too long"; and, of clips to learn
     from (`need_text`), "no text", "foreign letters", "other language", "pace" (letters per second), "clipped", "cut short" and
     "same audio". What is odd and leaves a clip of use is in its `remarks`, {kind: sentence}: "band-limited", "channels",
-    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. Each file is
-    read once, and one bad clip stops nothing. With a `margin` in s, silence beyond it at the ends counts for nothing, and `kept` of
-    a row is what is left in s (level.level_clips cuts it). Raises CorpusError, with the first reasons, when no clip is good (and `need_one`).
+    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. With a
+    `margin` in s, silence beyond it at the ends counts for nothing, and `kept` of a row says what is left, in s, for
+    level.level_clips to cut. Each file is read once, and one bad clip stops nothing. Raises CorpusError, with the first
+    reasons, when no clip is good (and `need_one`).
     """
     good, set_aside, audio, said = [], [], {}, {}
     for row in rows:

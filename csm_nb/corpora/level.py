@@ -1,4 +1,4 @@
-"""Silence at the ends of clips cut to a margin, and their level matched to a loudness: written once, named by what they are of."""
+"""Silence at the ends of clips is cut to a margin, and their level matched to a loudness: each is written once."""
 
 from pathlib import Path
 
