@@ -8,23 +8,26 @@ import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.corpora import faults
+from csm_nb.corpora.level import find_kept
 from csm_nb.manifest import CorpusError
 from csm_nb.text.normalise import normalise_text
 
 
 def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_text: bool = True,
-                need_one: bool = True, keep_repeats: bool = True) -> tuple[list, list]:
+                need_one: bool = True, keep_repeats: bool = True, margin: float = 0.0) -> tuple[list, list]:
     """Return (good, set_aside): rows with their true `duration` in seconds, and rows with `kind` and `reason` against them.
 
     Kinds are "unreadable" (also a text that can not be decoded), "silent", "too short", "too long"; and, of clips to learn
     from (`need_text`), "no text", "foreign letters", "other language", "pace" (letters per second), "clipped", "cut short" and
     "same audio". What is odd and leaves a clip of use is in its `remarks`, {kind: sentence}: "band-limited", "channels",
-    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. Each file is
-    read once, and one bad clip stops nothing. Raises CorpusError, with the first reasons, when no clip is good (and `need_one`).
+    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. With a
+    `margin` in s, silence beyond it at the ends counts for nothing, and `kept` of a row says what is left, in s, for
+    level.level_clips to cut. Each file is read once, and one bad clip stops nothing. Raises CorpusError, with the first
+    reasons, when no clip is good (and `need_one`).
     """
     good, set_aside, audio, said = [], [], {}, {}
     for row in rows:
-        fault, duration, remarks = _look_at(row, min_seconds, max_seconds, need_text, audio)
+        fault, duration, remarks, kept = _look_at(row, min_seconds, max_seconds, need_text, audio, margin)
         if need_text and not fault:
             key = row["speaker_id"], row["language"], normalise_text(row["text"])
             if key in said:
@@ -34,7 +37,7 @@ def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_
         if fault:
             set_aside.append(row | {"kind": fault[0], "reason": fault[1]})
         else:
-            good.append(row | {"duration": duration} | ({"remarks": remarks} if remarks else {}))
+            good.append(row | {"duration": duration} | kept | ({"remarks": remarks} if remarks else {}))
     if need_one and not good:
         reasons = "; ".join(f"{Path(row['audio_path']).name}: {row['reason']}" for row in set_aside[:3])
         raise CorpusError(f"none of {len(set_aside)} clips can be used: {reasons or 'the corpus is empty'}")
@@ -89,27 +92,30 @@ def _name(row):
     return "/".join(Path(row["audio_path"]).parts[-2:])
 
 
-def _look_at(row, min_seconds, max_seconds, need_text, heard):
-    """Return (fault, seconds, remarks) of a clip; `heard` keeps {hash of the samples: row} of those before that are of use."""
+def _look_at(row, min_seconds, max_seconds, need_text, heard, margin):
+    """Return (fault, seconds, remarks, {"kept": s}) of a clip; `heard` keeps {hash of the samples: row} of usable ones before."""
     if row.get("text_fault"):
-        return ("unreadable", row["text_fault"]), 0.0, {}
+        return ("unreadable", row["text_fault"]), 0.0, {}, {}
     if need_text and (fault := faults.find_text_fault(row)):
-        return fault, 0.0, {}
+        return fault, 0.0, {}, {}
     try:
         wav, header = read_audio(row["audio_path"]), soundfile.info(row["audio_path"])
     except (AudioError, OSError) as error:
-        return ("unreadable", str(error).removeprefix(f"{row['audio_path']}: ")), 0.0, {}
+        return ("unreadable", str(error).removeprefix(f"{row['audio_path']}: ")), 0.0, {}, {}
+    first, last = find_kept(wav, margin)
+    kept = {"kept": [first / SAMPLE_RATE, last / SAMPLE_RATE]} if last - first < len(wav) else {}
+    wav = wav[first:last]
     seconds = round(len(wav) / SAMPLE_RATE, 3)
     if fault := faults.find_level_fault(wav, min_seconds, max_seconds):
-        return fault, seconds, {}
+        return fault, seconds, {}, {}
     fault, remarks = faults.find_sound_fault(wav), faults.find_flaws(wav, header.samplerate, header.channels)
     if not need_text:  # nothing is learned from it
-        return None, seconds, remarks | dict([fault] if fault else [])
+        return None, seconds, remarks | dict([fault] if fault else []), kept
     if fault := fault or faults.find_pace_fault(row, seconds):
-        return fault, seconds, {}
+        return fault, seconds, {}, {}
     mark = blake2b(wav.tobytes(), digest_size=16).digest()
     if before := heard.get(mark):
         text = "" if before["text"] == row["text"] else f", whose text is {before['text']!r:.60}"
-        return ("same audio", f"the same audio as {_name(before)}{text}"), seconds, {}
+        return ("same audio", f"the same audio as {_name(before)}{text}"), seconds, {}, {}
     heard[mark] = row
-    return None, seconds, remarks
+    return None, seconds, remarks, kept

@@ -49,7 +49,7 @@ def main(arguments=None) -> int:
     parser.add_argument("adapter", help="folder of an adapter, such as models/lora_no")
     parser.add_argument("--out", required=True, help="folder that gets the model")
     parser.add_argument("--base", default="", help="folder or hub id of the base (default: the one that the adapter names)")
-    parser.add_argument("--dtype", choices=[name for name in DTYPES if DTYPES[name]], default="float32", help="of what is written")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is written")
     options = parser.parse_args(arguments)
     try:
         folder = merge(options.adapter, options.out, options.base, options.dtype)

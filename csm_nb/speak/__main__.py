@@ -1,5 +1,6 @@
-"""Say a text: python -m csm_nb.speak --lang no --text "Hei, hvordan går det?" --out hei.wav
+"""Say a text.
 
+python -m csm_nb.speak --lang no --text "Hei, hvordan går det?" --out hei.wav
 The text may also come from a file (--file) or a pipe. A text of several sentences is read one after the other.
 """
 
@@ -15,7 +16,7 @@ from csm_nb.csm.load import BaseModelError, load_base
 from csm_nb.csm.speakers import SpeakerError
 from csm_nb.csm.tags import TagError
 from csm_nb.hub import ModelError
-from csm_nb.languages import LANGUAGES, get_language
+from csm_nb.languages import get_language
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.recipe import TRAINED
 from csm_nb.speak.generate import SpeechError
