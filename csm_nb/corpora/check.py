@@ -1,16 +1,21 @@
 """Which clips can be used: bad ones are set aside with their reason."""
 
+import re
+from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.corpora import faults
-from csm_nb.corpora.level import find_kept
+from csm_nb.corpora.level import find_kept, measure_loudness
+from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError
 from csm_nb.text.normalise import normalise_text
+from csm_nb.text.sentences import spell_alphabet
 
 
 def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_text: bool = True,
@@ -85,6 +90,49 @@ def count_kinds(rows, set_aside) -> pd.DataFrame:
     table = pd.DataFrame(found, columns=["kind", "used", "for example"])
     counts = table.groupby(["used", "kind"], sort=False)["for example"].agg(clips="size", example="first").reset_index()
     return counts.rename(columns={"example": "for example"})[["kind", "used", "clips", "for example"]]
+
+
+def count_clips(rows, set_aside) -> dict[str, int]:
+    """Return the counts of a run's metrics, where there are any: `set_aside_<kind>` of each kind, and `pseudo_labelled`."""
+    kinds = Counter(f"set_aside_{row['kind'].replace(' ', '_')}" for row in set_aside)
+    pseudo = sum("pseudo" in row for row in rows)
+    return dict(sorted(kinds.items())) | ({"pseudo_labelled": pseudo} if pseudo else {})
+
+
+def describe_texts(rows, language: str) -> dict[str, str]:
+    """Return what the card of a corpus says of the texts of clips: distinct characters, those beyond the alphabet, and pace."""
+    found = Counter("".join(row["text"] for row in rows))
+    alphabet = spell_alphabet(language) if language in LANGUAGES else ""
+    beyond = {sign: count for sign, count in found.most_common() if sign.isalpha() and sign not in alphabet}
+    pace = np.percentile([len(row["text"]) / row["duration"] for row in rows], [5, 50, 95])
+    others = " ".join(f"{sign} ({count})" for sign, count in list(beyond.items())[:12]) + " ..." * (len(beyond) > 12)
+    return {"distinct characters": str(len(found)), "letters beyond the alphabet": others or "none",
+            "characters per second": f"{pace[1]:.1f} ({pace[0]:.1f} to {pace[2]:.1f})"}
+
+
+def describe_sound(rows, most: int = 200) -> dict[str, str]:
+    """Return what the card of a corpus says of the sound of clips: loudness of `most` of them, evenly drawn, and their band."""
+    drawn = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
+    loud = np.array([measure_loudness(read_audio(row["audio_path"])) for row in drawn])
+    low, middle, high = np.percentile(loud[np.isfinite(loud)], [5, 50, 95]) if np.isfinite(loud).any() else [np.nan] * 3
+    narrow = Counter(match[1] for row in rows if (match := re.search(r"above ([\d.]+) kHz", row.get("remarks", {}).get(
+        "band-limited", ""))))
+    bands = ", ".join(f"{count / len(rows):.0%} at {limit} kHz" for limit, count in sorted(narrow.items()))
+    of = f", of {len(drawn)} clips" * (len(drawn) < len(rows))
+    return {"loudness, LUFS": f"{middle:.1f} ({low:.1f} to {high:.1f}{of})", "band-limited": bands or "none"}
+
+
+def describe_provenance(rows, set_aside, settings: dict) -> dict:
+    """Return what an adapter's card says of its clips: hours, how many were set aside for what, labelled, and what was done."""
+    kinds = Counter(row["kind"] for row in set_aside)
+    pseudo = sum("pseudo" in row for row in rows)
+    named = {"margin": " s", "loudness": " LUFS", "max_cer": "", "min_dnsmos": ""}
+    done = [f"{name} {settings[name]:g}{unit}" for name, unit in named.items() if settings.get(name)]
+    done += ["read_out"] * bool(settings.get("read_out"))
+    return {"hours": f"{sum(row['duration'] for row in rows) / 3600:.2f}",
+            "set aside": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"} | (
+        {"pseudo-labelled": f"{pseudo / len(rows):.1%} of the clips"} if pseudo else {}) | (
+        {"processing": ", ".join(done)} if done else {}) | ({"read_out": True} if settings.get("read_out") else {})
 
 
 def _name(row):

@@ -31,6 +31,9 @@ CHOICES = {"method": ("lora", "full"), "tag": ("none", "text", "token"), "codec_
 RANGES = {
     "[1, inf)": "clips anchor_clips synthetic_clips phoneme_clips sentences codebooks",
     "[2, inf)": "corpus_clips",  # one of them is held out
+    "[-40, 0]": "loudness",
+    "[0, 1]": "pseudo_labels max_cer",
+    "[0, 5]": "min_dnsmos margin",
     "[0, 2147483648)": "seed",  # NumPy takes twice that; stages add to it
 }
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
@@ -264,6 +267,8 @@ def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
     cuda = _count_devices(params["device"], any(wanted.values()), refuse)
     if params.get("f0_method") == "torchcrepe" and importlib.util.find_spec("torchcrepe") is None:
         refuse("f0_method", "it needs a package: uv pip install torchcrepe")
+    if params.get("min_dnsmos") and not all(map(importlib.util.find_spec, ("speechmos", "onnxruntime"))):
+        refuse("min_dnsmos", "it needs the packages speechmos and onnxruntime: make setup EXTRAS=filters")
     for key, package in wanted.items():
         if package and not cuda:
             refuse(key, "it needs an NVIDIA GPU (CUDA), and there is none, or device is cpu")

@@ -1,7 +1,7 @@
 """What 01, 02 and 03 do alike, a call per cell: load, look at the clips, encode, attach, train, select, judge, save."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.codec.mimi import load_codec
-from csm_nb.corpora import check, listed, split, tokens
+from csm_nb.corpora import check, filters, level, listed, split, tokens
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.csm import adapters, load, save, speakers, tags
 from csm_nb.fidelity import gate
@@ -42,6 +42,7 @@ class Clips:
 
     good: list[dict]
     set_aside: list[dict]
+    card: dict = field(default_factory=dict)  # what the adapter's card says of them
 
 
 @dataclass(frozen=True)
@@ -152,21 +153,32 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     return rows, card
 
 
-def check_clips(rows, processor) -> Clips:
+def check_clips(rows, processor, run: Run | None = None) -> Clips:
     """Return the clips that can be trained on, and show what they are: the corpus card, and what is lost.
 
-    Hours, voices and lengths; three clips to hear, a short one, a middling and a long one; how many clips are set aside or
-    remarked on for what, up to three of the former to hear, and each with its reason; the characters that the tokenizer has
-    no token for.
+    Of a `run`, its parameters say how they are cleaned (filters.choose_clips). The card has hours, voices, lengths, characters,
+    loudness and band, with hours per voice as a figure; three clips to hear, a short one, a middling and a long one; how many
+    clips are set aside or remarked on for what, up to three of the former to hear, and each with its reason; the characters that
+    the tokenizer has no token for.
     """
-    clips = Clips(*check.check_clips(rows))
+    settings, language = run.params if run else {}, run.language if run else next((row["language"] for row in rows), "")
+    if settings.get("max_cer") or settings.get("pseudo_labels"):
+        print(f"{run.asr_model} listens to the clips; of a corpus that it was trained on it knows the texts, and lets more pass")
+    clips = Clips(*filters.choose_clips(rows, language, settings, lambda: judges.load_asr(run.asr_model, run.device, language),
+                                        Keep(run.data) if run else None))
+    clips = replace(clips, card=check.describe_provenance(clips.good, clips.set_aside, settings))
     seconds = np.array([row["duration"] for row in clips.good])
     print(f"{len(clips.good)} clips, {seconds.sum() / 60:.1f} minutes; {len(clips.set_aside)} set aside")
-    voices = pd.Series([str(row["speaker_id"]) for row in clips.good]).value_counts()
-    card = {"hours": f"{seconds.sum() / 3600:.2f}", "clips": len(seconds), "voices": len(voices),
-            "clips per voice": f"{voices.min()} to {voices.max()}", "different texts": len({row["text"] for row in clips.good}),
+    if done := level.describe_levels(clips.good):
+        print(done)
+    hours = pd.Series(seconds / 3600).groupby([str(row["speaker_id"]) for row in clips.good]).agg(["sum", "size"])
+    card = {"hours": f"{seconds.sum() / 3600:.2f}", "clips": len(seconds), "voices": len(hours),
+            "clips per voice": f"{hours['size'].min()} to {hours['size'].max()}",
+            "different texts": len({row["text"] for row in clips.good}),
             "shortest, s": f"{seconds.min():.1f}", "median, s": f"{np.median(seconds):.1f}", "longest, s": f"{seconds.max():.1f}"}
+    card |= check.describe_texts(clips.good, language) | check.describe_sound(clips.good)
     display(pd.Series(card, name="the corpus").to_frame())
+    display(results.draw_hours(hours["sum"].to_numpy()))
     order = np.argsort(seconds, kind="stable")
     heard = dict.fromkeys(int(order[round(share * (len(order) - 1))]) for share in (0.1, 0.5, 0.9))
     display(players.players([(clips.good[i]["text"], read_audio(clips.good[i]["audio_path"])) for i in heard], columns=3))
@@ -198,7 +210,7 @@ def _list_unknown(processor, clips):
 
 def replace_texts(data: Encoded, texts: dict[str, str], processor) -> Encoded:
     """Return the same tokens with other texts (`texts` maps the old ones); shows what the tokenizer has no token for in them."""
-    clips = Clips([row | {"text": texts[row["text"]]} for row in data.clips.good], data.clips.set_aside)
+    clips = replace(data.clips, good=[row | {"text": texts[row["text"]]} for row in data.clips.good])
     _list_unknown(processor, clips)
     return replace(data, clips=clips, **{name: [row | {"text": texts[row["text"]]} for row in getattr(data, name)]
                                          for name in ("train_rows", "valid_rows")})
@@ -227,7 +239,7 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     voice = speakers.pick_voice(voices)
     print(f"speaks as {voice}")
     display(pd.DataFrame(voices))
-    return Encoded(Clips(good, clips.set_aside), train_rows, valid_rows, Path(made["path"]), voices, voice, before)
+    return Encoded(replace(clips, good=good), train_rows, valid_rows, Path(made["path"]), voices, voice, before)
 
 
 def start_training(run: Run, model, processor, data: Encoded) -> Training:
@@ -339,13 +351,14 @@ def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, car
     counted = {"clips": len(training.data.train_rows)}
     before = {"goes on from": training.data.before} if training.data.before else {}
     before |= {"languages": ", ".join(run.languages)} if run.languages[1:] else {}
-    card = {"language": run.language, "stage": run.stage} | before | card | counted | figures
+    card = {"language": run.language, "stage": run.stage} | before | card | training.data.clips.card | counted | figures
     folder = [resolve_path(place) / folders.name_trained(run.params, run.language)] if place else []
     for path in (run.dir / "adapter", *folder):
         save.save_trained(training.model, training.processor, path, card, run.base_model)
         print(f"saved in {folders.show_path(path)}")
     share = adapters.describe_adapter(training.model)["trained parameters (M)"]
     metrics = figures | counted | {"set_aside": len(training.data.clips.set_aside), "trained_parameters_m": share}
+    metrics |= check.count_clips(training.data.clips.good, training.data.clips.set_aside)
     folders.note_used(run, **training.keep.places)
     print(training.keep.describe())
     print(f"{gain['verdict']}: {gain['because']}")
