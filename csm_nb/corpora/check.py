@@ -8,6 +8,7 @@ import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.corpora import faults
+from csm_nb.corpora.cut import measure_seconds
 from csm_nb.manifest import CorpusError
 from csm_nb.text.normalise import normalise_text
 
@@ -19,8 +20,9 @@ def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_
     Kinds are "unreadable" (also a text that can not be decoded), "silent", "too short", "too long"; and, of clips to learn
     from (`need_text`), "no text", "foreign letters", "other language", "pace" (letters per second), "clipped", "cut short" and
     "same audio". What is odd and leaves a clip of use is in its `remarks`, {kind: sentence}: "band-limited", "channels",
-    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. Each file is
-    read once, and one bad clip stops nothing. Raises CorpusError, with the first reasons, when no clip is good (and `need_one`).
+    "clipped", "codes alone", and a text that its speaker said before, "same text", which sets it aside where not
+    `keep_repeats`. Each file is read once, and one bad clip stops nothing. Raises CorpusError, with the first reasons, when no
+    clip is good (and `need_one`).
     """
     good, set_aside, audio, said = [], [], {}, {}
     for row in rows:
@@ -50,7 +52,7 @@ def check_enough(rows, min_seconds: float = 0.3, max_seconds: float = 30.0) -> N
     for row in rows:
         reason = row.get("text_fault") or ("" if any(map(str.isalnum, row["text"])) else "no text")
         try:
-            seconds = 0.0 if reason else soundfile.info(row["audio_path"]).duration
+            seconds = 0.0 if reason else measure_seconds(row)
             if not reason and not min_seconds <= seconds <= max_seconds:
                 reason = f"{seconds:.2f} s long; allowed are {min_seconds:g} to {max_seconds:g} s"
         except (soundfile.LibsndfileError, OSError) as error:
@@ -95,6 +97,8 @@ def _look_at(row, min_seconds, max_seconds, need_text, heard):
         return ("unreadable", row["text_fault"]), 0.0, {}
     if need_text and (fault := faults.find_text_fault(row)):
         return fault, 0.0, {}
+    if "codes_row" in row:
+        return _look_at_codes(row, min_seconds, max_seconds, need_text)
     try:
         wav, header = read_audio(row["audio_path"]), soundfile.info(row["audio_path"])
     except (AudioError, OSError) as error:
@@ -113,3 +117,12 @@ def _look_at(row, min_seconds, max_seconds, need_text, heard):
         return ("same audio", f"the same audio as {_name(before)}{text}"), seconds, {}
     heard[mark] = row
     return None, seconds, remarks
+
+
+def _look_at_codes(row, min_seconds, max_seconds, need_text):
+    """Return (fault, seconds, remarks) of a clip that is codes alone: its sound can not be looked at, and that is said."""
+    if not need_text:
+        return ("unreadable", "codes without audio: nothing of its sound can be measured"), row["duration"], {}
+    fault = faults.find_length_fault(row["duration"], min_seconds, max_seconds) or faults.find_pace_fault(row, row["duration"])
+    codec = f"of codec {row['codec']}" if row["codec"] else "of a codec that its data set does not state"
+    return fault, row["duration"], {} if fault else {"codes alone": f"codes {codec}, without audio: its sound was not checked"}

@@ -7,7 +7,7 @@ import soundfile
 
 from csm_nb import paths
 from csm_nb.audio import AudioError
-from csm_nb.corpora.layouts import read_parquet_audio
+from csm_nb.corpora.layouts import describe_broken, read_parquet_audio
 from csm_nb.manifest import SUFFIXES
 from csm_nb.provenance import hash_files, replace_file
 
@@ -21,6 +21,14 @@ def cut_clips(rows) -> list[dict]:
     reason as `text_fault`, for check_clips to set aside.
     """
     return _cut_segments(_cut_parquet(list(rows)))
+
+
+def measure_seconds(row) -> float:
+    """Return the length of a clip in seconds by its file's header, of codes alone by their number.
+
+    Raises soundfile.LibsndfileError or OSError for a file that can not be read.
+    """
+    return row["duration"] if "codes_row" in row else soundfile.info(row["audio_path"]).duration
 
 
 def _cut_segments(rows):
@@ -75,6 +83,8 @@ def _cut_parquet(rows):
 
 def _write_clip(row, source, content, name):
     row = {key: value for key, value in row.items() if not key.startswith("parquet_")}
+    if isinstance(content, Exception):
+        return row | {"text": "", "text_fault": describe_broken(name, content)}
     if content is None:
         beside = (source.parent / name).resolve() if name else None
         if beside is None or not beside.is_relative_to(source.parent.resolve()):

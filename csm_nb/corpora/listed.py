@@ -1,6 +1,9 @@
 """The corpora that params/<language>.yaml lists: taken by name, and held to what their licences allow."""
 
+import math
+import operator
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -13,6 +16,8 @@ from csm_nb.recipe import ParameterError, suggest
 PLACE = "data/corpora"  # where a corpus that is taken by name lies, as <name>/
 USES = ("train", "evaluate", "anchor")
 FORBIDS = ("synthesis",)
+_ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_EQUAL = {"": operator.eq, "!=": operator.ne}
 # Fields of an entry: the kinds of value, and what is said of another
 FIELDS = {
     "id": (str, "owner/name of the hub"),
@@ -21,6 +26,7 @@ FIELDS = {
     "split": (str, "the names of the splits"),
     "revision": (str, "the revision of the hub that holds it as Parquet, where its main one is a script"),
     "columns": (dict, "{text: ..., speaker: ..., audio: ...} of Parquet; speaker: null for one voice, or where none is said"),
+    "filters": (dict, "{column: condition}, such as {bleu_score: '> 0.6', region: '!= foreign', type: IS}"),
     "licence": (str, "its name, or not stated"),
     "hours": ((int, float, str), "a number, or words"),
     "speakers": ((int, str), "a number, or words"),
@@ -49,11 +55,48 @@ def check_listed(place: str, section) -> dict:
             among = {"use": USES, "forbids": FORBIDS}.get(field)
             if wrong or among and any(one not in among for one in (value if kind is list else [value])):
                 raise ParameterError(f"{where}: {field} is {value!r:.60}; allowed: {allowed}")
+        for column, condition in entry.get("filters", {}).items():
+            sign, value = _read_condition(condition)
+            if not isinstance(condition, str | int | float) or not value or sign in _ORDER and not _is_number(value):
+                raise ParameterError(f"{where}: the filter {column} is {condition!r:.60}; allowed are a value, != and a value, "
+                                     "and <, <=, > or >= and a number")
         lacking = [field for field in ("licence", "use") if field not in entry]
         lacking += ["id or home"] * (not {"id", "home"} & set(entry))
         if lacking:
             raise ParameterError(f"{where} lacks {', '.join(lacking)}")
     return section
+
+
+def find_failed(cells: dict, filters: dict) -> str:
+    """Return the first of `filters` ({column: condition}) that the cells of a line fail, as "column condition"; "" for none.
+
+    A condition is a value, or one of !=, <, <=, >, >= before it. Numbers are compared as numbers, however they are written; a
+    cell that is empty, or no number where one is asked for, passes only !=.
+    """
+    for column, condition in filters.items():
+        sign, wanted = _read_condition(condition)
+        cell = cells[column]
+        if _is_number(wanted) and _is_number(cell):
+            cell, wanted = float(cell), float(wanted)
+        elif sign in _ORDER:
+            return f"{column} {condition}"
+        else:
+            cell = str(cell)
+        if not (_ORDER | _EQUAL)[sign](cell, wanted):
+            return f"{column} {condition}"
+    return ""
+
+
+def _read_condition(condition):
+    sign, value = re.fullmatch(r"\s*(!=|<=|>=|<|>|)\s*(.*)", str(condition)).groups()
+    return sign, value.strip()
+
+
+def _is_number(value):
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def list_corpora(language: str) -> dict[str, dict]:

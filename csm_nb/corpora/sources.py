@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
 from csm_nb.corpora.cut import cut_clips
-from csm_nb.corpora.layouts import find_layout
+from csm_nb.corpora.layouts import find_layout, read_common_voice, read_parquet
 from csm_nb.corpora.listed import find_listed
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.manifest import SUFFIXES, CorpusError, read_manifest
@@ -19,24 +19,31 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
 
     Only what is drawn is cut from longer recordings, or written out of Parquet (corpora.cut).
     """
-    chosen = list_rows(source, language)
+    left_out = Counter()
+    chosen = list_rows(source, language, left_out)
+    _show_left_out(left_out, len(chosen))
     if limit is not None and limit < len(chosen):
         chosen = [chosen[i] for i in sorted(np.random.default_rng(seed).permutation(len(chosen))[:limit])]
     return cut_clips(chosen)
 
 
-def list_rows(source, language: str) -> list[dict]:
+def _show_left_out(left_out, kept):
+    for condition, count in left_out.items():
+        print(f"the filter {condition} leaves out {count} of {kept + left_out.total()} rows")
+
+
+def list_rows(source, language: str, left_out: Counter | None = None) -> list[dict]:
     """Return the rows of `language` in a manifest or a folder, as they are: nothing is drawn, and nothing cut.
 
     A folder is a manifest.jsonl, a published layout (layouts.find_layout), or else clips: these take their text from a .txt
     of the same name beside them, else none, and the folder they lie in as speaker; a text that can not be decoded leaves its
-    clip for check_clips to set aside (`text_fault`). Raises CorpusError when there is nothing of the language, naming what
-    there is.
+    clip for check_clips to set aside (`text_fault`). `left_out` counts what each filter of its entry leaves out. Raises
+    CorpusError when there is nothing of the language, naming what there is.
     """
     source, code = resolve_path(source), get_language(language).code
     if source.is_dir() and (source / "manifest.jsonl").is_file():
         source = source / "manifest.jsonl"
-    rows = _read_source(source, code)
+    rows = _read_source(source, code, left_out)
     chosen = [row for row in rows if row["language"] == code]
     if not chosen:
         found = ", ".join(sorted({str(row["language"]) for row in rows})) or "no clip at all"
@@ -49,7 +56,7 @@ def list_rows(source, language: str) -> list[dict]:
     return chosen
 
 
-def _read_source(source, code):
+def _read_source(source, code, left_out):
     if not source.is_dir():
         return read_manifest(source)
     entry = find_listed(code, source)
@@ -57,7 +64,12 @@ def _read_source(source, code):
         source /= entry["config"]
     read = find_layout(source)
     try:
-        return read(source, code, entry.get("columns")) if read else _read_folder(source, code)
+        if read in (read_common_voice, read_parquet):  # tables with columns of their own
+            return read(source, code, entry, left_out)
+        if entry.get("filters"):
+            raise CorpusError(f"{source}: its entry has filters ({', '.join(entry['filters'])}), and what it holds has no "
+                              "columns; allowed are Common Voice and Parquet")
+        return read(source, code) if read else _read_folder(source, code)
     except (EncodingError, OSError, pa.ArrowException) as error:
         raise CorpusError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
 
