@@ -10,9 +10,8 @@ from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.codec.mimi import decode, load_codec
-from csm_nb.corpora import check, listed, split, tokens
+from csm_nb.corpora import check, listed, sources, split, tokens
 from csm_nb.corpora.codes import read_given
-from csm_nb.corpora.sources import load_corpus
 from csm_nb.csm import adapters, load, save, speakers
 from csm_nb.fidelity import gate
 from csm_nb.hub import describe_model
@@ -134,8 +133,9 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     Without a corpus, espeak-ng voices that no stage before has used stand in for it, and it says so.
     """
     if run.corpus:
-        rows = load_corpus(run.corpus, run.language, run.corpus_clips, run.seed)
-        card = {"data": run.corpus} | listed.describe_licence(run.language, run.corpus, run.corpus_licence)
+        rows = sources.load_corpus(run.corpus, run.language, run.corpus_clips, run.seed)
+        card = {"data": sources.describe_data(run.corpus, rows)}
+        card |= listed.describe_licence(run.language, run.corpus, run.corpus_licence)
     else:
         rows = make_speech(run, run.language, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)
         card = {"data": "espeak-ng voices that no stage before has used, standing in for a real corpus (synthetic)",
