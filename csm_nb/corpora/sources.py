@@ -123,6 +123,7 @@ def list_rows(source, language: str, left_out: Counter | None = None) -> list[di
     source, code = resolve_path(source), get_language(language).code
     if source.is_dir() and (source / "manifest.jsonl").is_file():
         source = source / "manifest.jsonl"
+    left_out = Counter() if left_out is None else left_out
     rows = _read_source(source, code, left_out)
     chosen = [row for row in rows if row["language"] == code]
     if not chosen:
@@ -131,8 +132,11 @@ def list_rows(source, language: str, left_out: Counter | None = None) -> list[di
         if not rows and source.is_dir():
             kinds = Counter(path.suffix.lower() for path in source.rglob("*") if path.is_file() and path.suffix)
             among = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(5)) or "no files"
-            allowed = f"among {among}; clips are {' '.join(SUFFIXES)} (others: ffmpeg -i clip.m4a clip.wav)"
-        raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}; {allowed}")
+            raw = "; of raw samples, say how they are: ffmpeg -f s16le -ar 44100 -ac 2 -i clip.pcm clip.wav, with " \
+                  "-skip_initial_bytes N before -i for a header" * (".pcm" in kinds)
+            allowed = f"among {among}; clips are {' '.join(SUFFIXES)} (others: ffmpeg -i clip.m4a clip.wav{raw})"
+        filtered = "".join(f"; the filter {one} leaves out {count} rows" for one, count in left_out.items())
+        raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}{filtered}; {allowed}")
     return chosen
 
 

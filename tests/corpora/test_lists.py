@@ -142,6 +142,9 @@ def test_filters_are_of_the_columns_of_parquet_and_what_each_leaves_out_is_shown
     assert [row["text"] for row in load_corpus(take("tale"), "da")] == ["c", "e", "f"]
     said = capsys.readouterr().out
     assert "the filter score > 0.6 leaves out 2 of 6 rows" in said and "region != foreign leaves out 1 of 6 rows" in said
+    list_filters(project, {"score": "> 1"})
+    with pytest.raises(CorpusError, match="nothing of language 'da'; found: no clip at all; the filter score > 1 leaves out 6"):
+        load_corpus(take("tale"), "da")
     list_filters(project, {"bleu": "> 0.6"})
     with pytest.raises(CorpusError, match=r"lacks a column of the filter bleu \(bleu\); found are text, speaker_id, audio"):
         load_corpus(take("tale"), "da")
