@@ -11,6 +11,7 @@ import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.corpora import faults
+from csm_nb.corpora.cut import measure_seconds
 from csm_nb.corpora.level import find_kept, measure_loudness
 from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError
@@ -25,10 +26,10 @@ def check_clips(rows, min_seconds: float = 0.3, max_seconds: float = 30.0, need_
     Kinds are "unreadable" (also a text that can not be decoded), "silent", "too short", "too long"; and, of clips to learn
     from (`need_text`), "no text", "foreign letters", "other language", "pace" (letters per second), "clipped", "cut short" and
     "same audio". What is odd and leaves a clip of use is in its `remarks`, {kind: sentence}: "band-limited", "channels",
-    "clipped", and a text that its speaker said before, "same text", which sets it aside where not `keep_repeats`. With a
-    `margin` in s, silence beyond it at the ends counts for nothing, and `kept` of a row says what is left, in s, for
-    level.level_clips to cut. Each file is read once, and one bad clip stops nothing. Raises CorpusError, with the first
-    reasons, when no clip is good (and `need_one`).
+    "clipped", "codes alone", and a text that its speaker said before, "same text", which sets it aside where not
+    `keep_repeats`. With a `margin` in s, silence beyond it at the ends counts for nothing, and `kept` of a row says what is
+    left, in s, for level.level_clips to cut. Each file is read once, and one bad clip stops nothing. Raises CorpusError, with
+    the first reasons, when no clip is good (and `need_one`).
     """
     good, set_aside, audio, said = [], [], {}, {}
     for row in rows:
@@ -58,7 +59,7 @@ def check_enough(rows, min_seconds: float = 0.3, max_seconds: float = 30.0) -> N
     for row in rows:
         reason = row.get("text_fault") or ("" if any(map(str.isalnum, row["text"])) else "no text")
         try:
-            seconds = 0.0 if reason else soundfile.info(row["audio_path"]).duration
+            seconds = 0.0 if reason else measure_seconds(row)
             if not reason and not min_seconds <= seconds <= max_seconds:
                 reason = f"{seconds:.2f} s long; allowed are {min_seconds:g} to {max_seconds:g} s"
         except (soundfile.LibsndfileError, OSError) as error:
@@ -112,7 +113,8 @@ def describe_texts(rows, language: str) -> dict[str, str]:
 
 def describe_sound(rows, most: int = 200) -> dict[str, str]:
     """Return what the card of a corpus says of the sound of clips: loudness of `most` of them, evenly drawn, and their band."""
-    drawn = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
+    audible = [row for row in rows if "codes_row" not in row]
+    drawn = [audible[i] for i in np.unique(np.linspace(0, len(audible) - 1, min(most, len(audible))).astype(int))]
     loud = np.array([measure_loudness(read_audio(row["audio_path"])) for row in drawn])
     low, middle, high = np.percentile(loud[np.isfinite(loud)], [5, 50, 95]) if np.isfinite(loud).any() else [np.nan] * 3
     narrow = Counter(match[1] for row in rows if (match := re.search(r"above ([\d.]+) kHz", row.get("remarks", {}).get(
@@ -146,6 +148,8 @@ def _look_at(row, min_seconds, max_seconds, need_text, heard, margin):
         return ("unreadable", row["text_fault"]), 0.0, {}, {}
     if need_text and (fault := faults.find_text_fault(row)):
         return fault, 0.0, {}, {}
+    if "codes_row" in row:
+        return *_look_at_codes(row, min_seconds, max_seconds, need_text), {}
     try:
         wav, header = read_audio(row["audio_path"]), soundfile.info(row["audio_path"])
     except (AudioError, OSError) as error:
@@ -167,3 +171,12 @@ def _look_at(row, min_seconds, max_seconds, need_text, heard, margin):
         return ("same audio", f"the same audio as {_name(before)}{text}"), seconds, {}, {}
     heard[mark] = row
     return None, seconds, remarks, kept
+
+
+def _look_at_codes(row, min_seconds, max_seconds, need_text):
+    """Return (fault, seconds, remarks) of a clip that is codes alone: its sound can not be looked at, and that is said."""
+    if not need_text:
+        return ("unreadable", "codes without audio: nothing of its sound can be measured"), row["duration"], {}
+    fault = faults.find_length_fault(row["duration"], min_seconds, max_seconds) or faults.find_pace_fault(row, row["duration"])
+    codec = f"of codec {row['codec']}" if row["codec"] else "of a codec that its data set does not state"
+    return fault, row["duration"], {} if fault else {"codes alone": f"codes {codec}, without audio: its sound was not checked"}

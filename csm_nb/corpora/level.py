@@ -57,10 +57,11 @@ def level_clips(rows, loudness: float = 0.0) -> list[dict]:
 
     A file lies in data/clips, mono at its own sample rate, named by the bytes it comes from and what was done to it; it is
     written once. `levelled` says what that is: s cut off both ends together, gain in dB, whether the peak limited it. The
-    marks of a row (`windows`) move with the cut. A row of which nothing is cut stays as it is for a loudness of 0.
+    marks of a row (`windows`) move with the cut. A row of which nothing is cut stays as it is for a loudness of 0, and codes
+    alone stay in any case.
     """
     rows = list(rows)
-    at = [number for number, row in enumerate(rows) if loudness or row.get("kept")]
+    at = [number for number, row in enumerate(rows) if (loudness or row.get("kept")) and "codes_row" not in row]
     for number, content in zip(at, hash_files(Path(rows[number]["audio_path"]) for number in at), strict=True):
         rows[number] = _level_clip(rows[number], content, loudness)
     return rows

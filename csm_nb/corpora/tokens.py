@@ -16,8 +16,8 @@ from filelock import Timeout
 from csm_nb.audio import AudioError, read_audio
 from csm_nb.claims import hold
 from csm_nb.codec.mimi import encode, frame_rate
-from csm_nb.corpora.codes import ABOUT, find_codes, hash_codec, read_codes
-from csm_nb.provenance import hash_files, hash_value, read_json, replace_file, write_json
+from csm_nb.corpora.codes import ABOUT, check_given, find_codes, hash_clips, hash_codec, read_codes, read_given
+from csm_nb.provenance import hash_value, read_json, replace_file, write_json
 
 SHARD_CLIPS = 64  # that a killed writer loses at most
 MOST_SHARDS = 1000  # a longer corpus has larger shards
@@ -45,7 +45,8 @@ def write_tokens(rows, codec, data) -> dict:
     """
     rows, place = list(rows), Path(data) / "tokens"
     _check_rows(rows)
-    hashes, mark = hash_files(Path(row["audio_path"]) for row in rows), hash_codec(codec)
+    hashes, mark = hash_clips(rows), hash_codec(codec)
+    check_given(rows, codec, mark)
     named = [[row["text"], audio, str(row["speaker_id"]), row["language"]] for row, audio in zip(rows, hashes, strict=True)]
     folder = place / hash_value([mark, named])
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +88,13 @@ def _write_shard(rows, hashes, known, codec, path):
     """Write the shard of `rows`, and return how many of its clips were encoded and how many were found."""
     found = [audio for audio in dict.fromkeys(hashes) if audio in known]
     clips = {audio: clip for audio, clip in zip(found, read_codes([known[audio] for audio in found]), strict=True) if clip}
+    given, faults = read_given(rows, hashes, codec)
+    clips |= given
     counts, wavs, kept, set_aside = {"found": len(clips)}, {}, [], []
     for row, audio in zip(rows, hashes, strict=True):
         try:
+            if audio in faults:
+                raise AudioError(faults[audio])
             if audio not in clips and audio not in wavs:
                 wav = read_audio(row["audio_path"], codec.config.sampling_rate)
                 if audio is None:  # it was not there when its bytes were asked for

@@ -22,6 +22,7 @@ import yaml
 from filelock import SoftFileLease
 
 from csm_nb import hub, paths
+from csm_nb.corpora import listed
 from csm_nb.paths import STAGES, resolve_path, show_path
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
@@ -113,9 +114,12 @@ def _check_files(params, origins):
     for key in (*RECORDINGS, *FILES):
         if not params.get(key):
             continue
-        found, path = f"{origins.get(key, 'default')}: {key} is {params[key]!r}", resolve_path(params[key])
+        found = f"{origins.get(key, 'default')}: {key} is {params[key]!r}"
+        names = [name for name, _ in listed.split_corpora(params[key])] if key == "corpus" else [params[key]]
+        if any(listed.find_remote(params["language"], name) for name in names if key == "corpus"):
+            continue  # what the hub has is seen when it is fetched
         try:
-            rows = _read_file(key, path, params["language"])
+            rows = [row for name in names for row in _read_file(key, resolve_path(name), params["language"])]
         except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
         if key in FILES:
@@ -126,15 +130,15 @@ def _check_files(params, origins):
             raise ParameterError(f"{found}: none of its {len(rows)} clips has a text: a manifest's `text`, or a .txt beside each "
                                  "clip of a folder")
         if key == "corpus":
-            _check_draw(found, path, params)
+            _check_draw(found, params)
 
 
-def _check_draw(found, path, params):
+def _check_draw(found, params):
     from csm_nb import manifest
     from csm_nb.corpora import check, sources
 
     try:
-        check.check_enough(sources.load_corpus(path, params["language"], params["corpus_clips"], params["seed"]))
+        check.check_enough(sources.load_corpus(params["corpus"], params["language"], params["corpus_clips"], params["seed"]))
     except manifest.CorpusError as error:
         raise ParameterError(f"{found}, corpus_clips is {params['corpus_clips']}: {error}") from error
 

@@ -14,7 +14,7 @@ import yaml
 
 from csm_nb import paths
 from csm_nb.clean import EncodingError, read_text
-from csm_nb.corpora.listed import check_listed, list_corpora, take_corpus
+from csm_nb.corpora.listed import check_listed, is_source, list_corpora, take_corpus
 from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
@@ -222,7 +222,8 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{found}; allowed is a folder, such as {parameter.default!r}")
         if key in RECORDINGS and value:
             effective[key] = value = take_corpus(found, value, effective["language"], key == "corpus")
-        if key in (*RECORDINGS, *FILES) and value and not resolve_path(value).exists():
+        if key in (*RECORDINGS, *FILES) and value and not (key == "corpus" and is_source(effective["language"], value)) and (
+                not resolve_path(value).exists()):
             allowed = "a file" + " or a folder" * (key == "marks")
             if key in RECORDINGS:
                 names = ", ".join(list_corpora(effective["language"])) or "none"

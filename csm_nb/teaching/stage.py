@@ -9,9 +9,9 @@ import pandas as pd
 from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
-from csm_nb.codec.mimi import load_codec
-from csm_nb.corpora import check, filters, level, listed, split, tokens
-from csm_nb.corpora.sources import load_corpus
+from csm_nb.codec.mimi import decode, load_codec
+from csm_nb.corpora import check, filters, level, listed, sources, split, tokens
+from csm_nb.corpora.codes import read_given
 from csm_nb.csm import adapters, load, save, speakers, tags
 from csm_nb.fidelity import gate
 from csm_nb.hub import describe_model
@@ -142,8 +142,9 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     Without a corpus, espeak-ng voices that no stage before has used stand in for it, and it says so.
     """
     if run.corpus:
-        rows = [row for code in run.languages for row in load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
-        card = {"data": run.corpus} | listed.describe_licence(run.language, run.corpus, run.corpus_licence)
+        rows = [row for code in run.languages for row in sources.load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
+        card = {"data": sources.describe_data(run.corpus, rows)}
+        card |= listed.describe_licence(run.language, run.corpus, run.corpus_licence)
     else:
         rows = [row for code in run.languages
                 for row in make_speech(run, code, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)]
@@ -181,7 +182,9 @@ def check_clips(rows, processor, run: Run | None = None) -> Clips:
     display(results.draw_hours(hours["sum"].to_numpy()))
     order = np.argsort(seconds, kind="stable")
     heard = dict.fromkeys(int(order[round(share * (len(order) - 1))]) for share in (0.1, 0.5, 0.9))
-    display(players.players([(clips.good[i]["text"], read_audio(clips.good[i]["audio_path"])) for i in heard], columns=3))
+    heard = [i for i in heard if "codes_row" not in clips.good[i]]  # codes alone have no sound of their own
+    if heard:
+        display(players.players([(clips.good[i]["text"], read_audio(clips.good[i]["audio_path"])) for i in heard], columns=3))
     _show_faults(clips)
     _list_unknown(processor, clips)
     return clips
@@ -335,7 +338,12 @@ def compare_voice(run: Run, training: Training):
     """Return a figure: a clip of the voice, and the same words by the saved weights below it, on one scale."""
     clip = speakers.find_clip(training.data.clips.good, training.data.voice)
     again, = speak(training.model, training.processor, [clip["text"]], training.data.voice, seed=run.seed, keep=training.keep)
-    clips = [("clip", read_audio(clip["audio_path"])), ("adapter", again.wav)]
+    if "codes_row" in clip:  # of a data set of codes alone: what the codec makes of them
+        (codes, _), = read_given([clip], ["clip"], training.model.codec_model)[0].values()
+        wav, = decode(training.model.codec_model, [codes])
+    else:
+        wav = read_audio(clip["audio_path"])
+    clips = [("clip", wav), ("adapter", again.wav)]
     return sound.draw_spectrograms(clips, title=clip["text"])
 
 
