@@ -11,8 +11,8 @@ from multiprocessing import get_context
 
 import torch
 
-from csm_nb import paths
-from csm_nb.recipe import WORKERS, ParameterError
+from csm_nb import engine
+from csm_nb.recipe import ENGINES, ParameterError
 
 # A worker starts in 6 to 10 s (it imports torch and transformers). So many clips of 3 s take csm-mini 20 s on one core, a
 # full-size Mimi 150 s; with fewer it does not pay.
@@ -31,8 +31,8 @@ def run_jobs(work, codec, jobs, clips: int, workers: str = "local"):
     must be picklable. Raises ParameterError for other workers, or where Ray is missing.
     """
     jobs = list(jobs)
-    if workers not in WORKERS:
-        raise ParameterError(f"workers is {workers!r}; allowed: {', '.join(WORKERS)}")
+    if workers not in ENGINES:
+        raise ParameterError(f"workers is {workers!r}; allowed: {', '.join(ENGINES)}")
     if workers == "ray":
         yield from _run_by_ray(work, codec, jobs)
     elif codec.device.type != "cpu":
@@ -97,31 +97,8 @@ def _work_in_process(work, job):
 # Ray
 
 
-def start_ray() -> bool:
-    """Connect to the Ray of RAY_ADDRESS or start a local one, unless it is there already; return whether it is this call's.
-
-    Whose it is stops it (ray.shutdown). Its workers import this package from where it is here: nodes share the disk. Raises
-    ParameterError where the package is missing, or nothing answers at RAY_ADDRESS.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise ParameterError("Ray is asked for, and the package is not installed: make setup EXTRAS=scale") from error
-    if ray.is_initialized():
-        return False
-    own = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="ERROR",
-                 include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
-                 runtime_env={"env_vars": {"PYTHONPATH": own}})
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ParameterError(f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS', '')!r}, and no Ray answers ({error}); allowed is "
-                             "the address that `ray start --head` says, or none: a local one is started") from error
-    return True
-
-
 def _run_by_ray(work, codec, jobs):
-    own = start_ray()
+    own = engine.start_ray()
     import ray
 
     resources = ray.cluster_resources()

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -206,10 +205,6 @@ def test_processes_end_with_the_one_that_started_them(rows, codec, whole, tmp_pa
     assert read_bytes(write_tokens(rows, codec, tmp_path)["path"]) == whole
 
 
-def refuse_shard(codec, job):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_full_disk_is_said_and_what_is_done_stays_and_is_used(rows, codec, whole, tmp_path, monkeypatch):
     room, write_table = [4], pq.write_table
 
@@ -250,31 +245,3 @@ def test_codes_do_not_depend_on_the_threads_that_torch_has(rows, codec, whole, t
 def test_other_workers_are_refused_with_those_there_are(rows, codec, tmp_path):
     with pytest.raises(ParameterError, match="workers is 'cloud'; allowed: local, ray"):
         write_tokens(rows, codec, tmp_path, "cloud")
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray of two nodes with a core each on this machine, which is gone afterwards."""
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        made.add_node(num_cpus=1)
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes know the package, and not its tests
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAY_ADDRESS", made.address)
-            yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-
-
-def test_two_nodes_of_ray_write_the_same_bytes_and_where_a_worker_is_killed_nothing_is_lost(write_at_gate, whole, cluster):
-    assert write_at_gate(True, "ray") == whole
-
-
-def test_what_a_shard_raises_on_a_node_is_raised_here(rows, codec, tmp_path, monkeypatch, cluster):
-    monkeypatch.setattr(tokens, "_make_shard", refuse_shard)
-    with pytest.raises(TokensError, match="no room left on the disk.* 0 of 13 shards are there, and stay"):
-        write_tokens(rows, codec, tmp_path, "ray")
