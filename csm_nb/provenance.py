@@ -37,7 +37,7 @@ def hash_file(path: Path, digits: int = 12) -> str:
 
 def _read_times(path):
     """Return a file's size and times: its time of change is set by hand at will, that of its inode is not."""
-    status = path.stat()
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -99,11 +99,11 @@ def hash_files(files) -> list[str | None]:
             times = list(_read_times(file))
             kept = known.get(str(file), [])
             if kept[:-1] != times:
-                kept = [*times, hash_file(file, 24)]
+                kept = [*times, _hash_content(file, *times)[:24]]
                 if began - times[1] / 1e9 > SETTLED:
                     known[str(file)] = kept
             hashes.append(kept[-1])
-        except (OSError, AttributeError):
+        except (OSError, TypeError):  # not there, or None
             hashes.append(None)
     if time.time() - began > 1:
         with contextlib.suppress(OSError):  # a project that can not be written to reads them again

@@ -65,16 +65,18 @@ def find_codes(hashes, codec: str, place: Path) -> dict[str, tuple[Path, int]]:
 
 def read_codes(places: list[tuple[Path, int]]) -> list[tuple[np.ndarray, float] | None]:
     """Return (codes as uint16 frames x codebooks, seconds) of rows of shards, None for one that can not be read any more."""
-    tables, clips = {}, []
+    clips, rows = {}, {}
     for shard, row in places:
-        if shard not in tables:
-            try:
-                tables[shard] = pq.read_table(shard, columns=["codes", "duration"])
-            except (pa.ArrowException, OSError):
-                tables[shard] = None
-        clip = tables[shard] and tables[shard].slice(row, 1).to_pylist()[0]
-        clips.append(clip and (np.array(clip["codes"], np.uint16), clip["duration"]))
-    return clips
+        rows.setdefault(shard, []).append(row)
+    for shard, numbers in rows.items():  # one in memory at a time
+        try:
+            table = pq.read_table(shard, columns=["codes", "duration"])
+        except (pa.ArrowException, OSError):
+            continue
+        for number in numbers:
+            codes, seconds = (column[number] for column in table.columns)
+            clips[shard, number] = codes.values.flatten().to_numpy().reshape(len(codes), -1), seconds.as_py()
+    return [clips.get(place) for place in places]
 
 
 def hash_clips(rows) -> list[str | None]:

@@ -23,6 +23,7 @@ from filelock import SoftFileLease
 
 from csm_nb import hub, paths
 from csm_nb.corpora import listed
+from csm_nb.engine import share_cores
 from csm_nb.paths import STAGES, resolve_path, show_path
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
@@ -153,13 +154,14 @@ def _read_file(key, path, language):
     return marks.read_marks(path) if key == "marks" else ipa.read_lexicon(path)
 
 
-def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
+def run_tasks(tasks: list[Task], jobs: int, force: bool = False, engine: str = "local") -> None:
     """Run tasks to their end, `jobs` at a time, one of a language and arm at a time; each task then says how it went.
 
-    With `force` what is done is run again, into a folder beside the old one.
+    With `force` what is done is run again, into a folder beside the old one. With the engine ray each runs on a node of the Ray
+    that is connected (engine.start_ray), which finds this disk at the same place.
     On KeyboardInterrupt the running notebooks are ended, so only they are unfinished, and the interrupt goes on.
     """
-    threads = str(max(1, count_cores() // jobs))
+    threads = str(share_cores(jobs) if engine == "ray" else max(1, count_cores() // jobs))
     try:
         while any(task.state in ("waiting", "running") for task in tasks):
             running = [task for task in tasks if task.state == "running"]
@@ -168,7 +170,7 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
                     _end_task(task)
             ready = [task for task in tasks if task.state == "waiting" and _is_ready(task, tasks)]
             if ready and sum(task.state == "running" for task in tasks) < jobs:
-                _start_task(min(ready, key=lambda task: task.stage), threads, force)
+                _start_task(min(ready, key=lambda task: task.stage), threads, force, engine)
             else:
                 time.sleep(0.1)
     except BaseException:  # no notebook outlives this process
@@ -209,7 +211,7 @@ def _is_ready(task, tasks):
     return task.state == "waiting" and over and not busy
 
 
-def _start_task(task, threads, force=False):
+def _start_task(task, threads, force=False, engine="local"):
     for need in task.needs:
         if task.params.get("init_adapter") == need.stage:  # this call's own run, not merely the newest
             task.params = task.params | {"init_adapter": show_path(need.folder / "adapter")}
@@ -247,6 +249,8 @@ def _start_task(task, threads, force=False):
     source = paths.NOTEBOOKS / f"{task.stage}.ipynb"
     command = [sys.executable, "-m", "papermill", source, notebook, "-f", values, "--kernel", "python3"]
     command += ["--cwd", source.parent, "--log-output", "--no-progress-bar"]
+    if engine == "ray":
+        command = [sys.executable, "-m", "csm_nb.engine", task.folder, *command]
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
     environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", folders.HANDED_DOWN: str(task.folder)}

@@ -24,7 +24,8 @@ from csm_nb.text.sentences import count_sentences
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
-PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes")  # where a run happens, not what it computes
+# Where a run happens, not what it computes
+PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes", "workers")
 CHOICES = {"method": ("lora", "full"), "tag": ("none", "text", "token"), "codec_backend": ("transformers", "moshi"),
            "also": tuple(LANGUAGES), "f0_method": ("praat", "pyin", "torchcrepe")}
 # What a number may be (recipe.check_value); those that stand in no row are 0 or more. A recipe's fields say it themselves.

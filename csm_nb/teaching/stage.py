@@ -232,7 +232,7 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
         clips = replace(clips, good=several.balance_hours(clips.good, run.languages, run.seed))
     good, voices = speakers.number_speakers(clips.good, corpus, before)
     codec = load_codec(run.base_model, run.device)
-    made = tokens.write_tokens(good, codec, run.data)
+    made = tokens.write_tokens(good, codec, run.data, read_recipe(run.params).workers)
     rows = tags.tag_rows(tokens.read_tokens(made["path"], codec), said)
     train_rows, valid_rows, how = split.split_rows(rows, read_recipe(run.params).max_tokens)
     folders.note_used(run, tokens=made["path"])

@@ -313,7 +313,7 @@ def pretended(monkeypatch):
     """Run tasks without notebooks; return (what started, in order; how many ran beside each; what is to fail)."""
     started, beside, failing, now = [], [], set(), []
 
-    def start_task(task, threads, force):
+    def start_task(task, threads, force, engine):
         assert task.language not in [language for language, _ in now]
         task.state, task.process = "running", Ended()
         now.append((task.language, task.stage))
