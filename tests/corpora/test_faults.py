@@ -1,5 +1,7 @@
 """Every fault that is planted into a corpus is named with its kind, and every good clip stays."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import soundfile
@@ -10,6 +12,7 @@ from csm_nb.corpora.faults import CLIPPED_BOUND, find_flaws, find_pace_fault, fi
 from csm_nb.csm.load import load_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError, read_manifest
+from csm_nb.paths import ROOT
 from csm_nb.synth.corpus import make_corpus
 from csm_nb.synth.espeak import VOICES, speak_text
 from csm_nb.teaching import stage
@@ -162,3 +165,13 @@ def test_a_stage_shows_how_many_are_left_out_for_what_and_plays_three_of_them(co
     tables = [table for table in shown if "kind" in getattr(table, "columns", ())]
     assert [len(table) for table in tables] == [11, len(bad)]
     assert [page.data.count("<audio") for page in shown if hasattr(page, "data")] == [3, 3]
+
+
+def test_of_330_clips_every_planted_fault_is_named_and_no_good_clip_is(tmp_path):
+    place = importlib.util.spec_from_file_location("faults", ROOT / "bench" / "faults.py")
+    bench = importlib.util.module_from_spec(place)
+    place.loader.exec_module(bench)
+    planted = bench.plant_faults(tmp_path, 330, 0.1)
+    assert sum(kind == "" for _, kind in planted) == 297 and {kind for _, kind in planted} == {"", *bench.FAULTS}
+    counts = bench.count_found(planted)
+    assert (counts.right == counts.clips).all() and len(counts) == 12
