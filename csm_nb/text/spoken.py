@@ -63,17 +63,21 @@ def _read_table():
     return yaml.safe_load(read_text(Path(__file__).with_suffix(".yaml")))
 
 
-@cache
+def _list_signs(code):
+    """Return (the decimal sign, the signs that may group thousands) of a language."""
+    return (".", "[,' \u00a0\u202f]") if code == "en" else (",", "[.' \u00a0\u202f]")
+
+
 def _match_number(code):
     """Return the pattern of a number in digits: its thousands grouped as the language does, its decimals."""
-    comma, groups = (r"\.", "[,' \u00a0\u202f]") if code == "en" else (",", "[.' \u00a0\u202f]")
-    return rf"(?<![\w.,:/])(?:\d{{1,3}}(?:{groups}\d{{3}})+(?!\d)|\d{{1,15}})(?:{comma}\d{{1,9}})?(?![\d:])"
+    comma, groups = _list_signs(code)
+    return rf"(?<![\w.,:/])(?:\d{{1,3}}(?:{groups}\d{{3}})+(?!\d)|\d{{1,15}})(?:{re.escape(comma)}\d{{1,9}})?(?![\d:])"
 
 
 def _read_value(number, code):
     """Return the value of a number as _match_number finds it: an int, or a float where it has decimals."""
-    whole, _, decimals = re.sub("[,' \u00a0\u202f]" if code == "en" else "[.' \u00a0\u202f]", "", number).partition(
-        "." if code == "en" else ",")
+    comma, groups = _list_signs(code)
+    whole, _, decimals = re.sub(groups, "", number).partition(comma)
     return float(f"{whole}.{decimals}") if decimals else int(whole)
 
 
@@ -92,7 +96,7 @@ def list_short(code):
     """Return (pattern, {abbreviation without spaces: (said, may end a sentence)}) of a language."""
     table, patterns, said = _read_table()[code], [], {}
     for group, behind in (("short", ""), ("last", ""), ("titles", rf"(?=\s+{_CAPITAL})"), ("counts", r"(?=\s?\d)")):
-        for short in sorted(table[group], key=len, reverse=True):
+        for short in table[group]:
             pattern = re.escape(short).replace(r"\.", r"\.\s?").removesuffix(r"\s?").replace(r"\s?\ ", r"\s?")
             pattern = f"[{short[0].upper()}{short[0]}]{pattern[len(re.escape(short[0])):]}" if short[0].isalpha() else pattern
             patterns.append((len(short), pattern + behind + r"(?!\w)" * (not behind)))
@@ -274,7 +278,7 @@ def _read_money(text, code):
             many = table["of"] + _pick_form(forms, 10**6, code)
             many = many.replace("de e", "d'e") if code == "fr" else many
             return f"{number} {match['scale']} {many}"
-        whole, _, part = number.rpartition("." if code == "en" else ",")
+        whole, _, part = number.rpartition(_list_signs(code)[0])
         if len(part) != 2 or not whole:
             return _say_sum(number, forms, code)
         if part == "00":

@@ -165,6 +165,13 @@ def test_an_adapter_that_was_never_trained_is_refused(base, tmp_path):
         load_adapter(load_base("models/csm-mini", "cpu")[0], folder)
 
 
+def test_the_record_of_an_adapter_says_where_its_texts_were_read_out(base, tmp_path):
+    model = add_adapter(base, 4, 8, 0.0)
+    for card in ({}, {"read_out": True}):
+        record = json.loads((save_adapter(model, tmp_path / "lora_no", card) / "base.json").read_text())
+        assert record.get("read_out", False) == bool(card)
+
+
 def test_an_adapter_whose_text_table_alone_was_trained_changes_something(base, tmp_path):
     model = add_adapter(base, 4, 8, 0.0, text_embeddings=True)
     letter = base_tokens("ø")

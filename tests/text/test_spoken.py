@@ -196,6 +196,7 @@ def test_sentences_of_the_default_run_stay_as_they_are_in_training_and_in_compar
 
 @pytest.mark.parametrize(("language", "text", "said"), [
     ("en", "No. I saw Max.", "No. I saw Max."), ("en", "It is 5 min away.", "It is five min away."),
+    ("en", "It grew at 1.25 a year.", "It grew at one point two five a year."),
     ("no", "De 3 vil ha 5 ha.", "De tre vil ha fem ha."), ("fr", "Je vois M.", "Je vois M."), ("de", "Er sah Dr.", "Er sah Dr."),
     ("it", "Ho 2 amici, n. e m.", "Ho due amici, n. e m."), ("pl", "Ok. Idę do domu.", "Ok. Idę do domu."),
     ("sv", "Den 3 kl som var.", "Den tre kl som var."), ("no", "Versjon 1.2.3", "Versjon en.to.tre"),
