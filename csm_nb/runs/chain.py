@@ -116,6 +116,8 @@ def _check_files(params, origins):
         found, path = f"{origins.get(key, 'default')}: {key} is {params[key]!r}", resolve_path(params[key])
         try:
             rows = _read_file(key, path, params["language"])
+            for code in params.get("also", []) if key == "corpus" else ():  # has to hold some of each
+                _read_file(key, path, code)
         except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
         if key in FILES:
