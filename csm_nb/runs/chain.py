@@ -121,6 +121,9 @@ def _check_files(params, origins):
             continue  # what the hub has is seen when it is fetched
         try:
             rows = [row for name in names for row in _read_file(key, resolve_path(name), params["language"])]
+            for code in params.get("also", []) if key == "corpus" else ():  # has to hold some of each
+                for name in names:
+                    _read_file(key, resolve_path(name), code)
         except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
         if key in FILES:
