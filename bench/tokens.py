@@ -1,6 +1,6 @@
 """How fast a corpus becomes tokens, beside the loop that the field writes: one clip at a time into one HDF5 file.
 
-    python bench/tokens.py                          # everything: some 40 minutes on two cores with nothing beside it
+    python bench/tokens.py                          # everything: some 70 minutes on two cores with nothing beside it
     python bench/tokens.py --parts speed --codecs mini --clips 64 --formats wav
 
 Parts: speed (the loop on one thread and on torch's own, write_tokens by one process and two, by Ray), memory (peak from 1,000 to
@@ -30,13 +30,14 @@ from csm_nb.manifest import read_manifest
 from csm_nb.paths import ROOT
 
 SOURCES = {"mp3": 48_000, "flac": 16_000, "wav": 44_100}  # Hz, as Common Voice, LibriSpeech and studios have it
+MINI = 6  # so that what starts two processes, some 8 s, weighs as little
 TRAINING = 7.1  # seconds of audio that a training reads per second, on these two cores: docs/benchmarks.md
 GPU_TRAINING = 40 * 1.6  # what bench/train.py aims at on a GPU
 
 
 def make_clips(folder, suffix, count, seconds=(1.0, 7.0)):
     """Return the manifest of `count` clips of noise in `folder`, written when they are not there yet."""
-    manifest, rng, rate = folder / f"{count}.jsonl", np.random.default_rng(0), SOURCES[suffix]
+    manifest, rng, rate = folder / f"{suffix}-{count}.jsonl", np.random.default_rng(0), SOURCES[suffix]
     if not manifest.exists():
         (folder / suffix).mkdir(parents=True, exist_ok=True)
         lines = []
@@ -131,12 +132,13 @@ def compare_speed(args):
     for name in args.codecs:
         codec = make_codec(name, args.data)
         for suffix in args.formats:
-            manifest = make_clips(args.data, suffix, args.clips)
+            count = args.clips * (MINI if name == "mini" else 1)
+            manifest = make_clips(args.data, suffix, count)
             audio, first = sum(row["duration"] for row in read_manifest(manifest)), None
             for variant in ("loop, one thread", "loop, torch's threads", "1 process", "2 processes", "ray"):
                 took = call("speed", variant, manifest, codec)
                 first = first or took["seconds"]
-                print(f"{name:<6}{suffix:<7}{variant:<23}{args.clips / took['seconds']:>8.1f}{audio / took['seconds']:>8.1f}"
+                print(f"{name:<6}{suffix:<7}{variant:<23}{count / took['seconds']:>8.1f}{audio / took['seconds']:>8.1f}"
                       f"{first / took['seconds']:>8.2f}{took['peak']:>6.1f}  {took['note']}", flush=True)
 
 
@@ -225,7 +227,7 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "reading", "plan"])
     parser.add_argument("--codecs", nargs="+", default=["mini", "full"])
     parser.add_argument("--formats", nargs="+", default=list(SOURCES))
-    parser.add_argument("--clips", type=int, default=600)
+    parser.add_argument("--clips", type=int, default=400, help=f"for the full-size Mimi; csm-mini takes {MINI} times as many")
     parser.add_argument("--most", type=int, default=100_000, help="clips of the largest corpus of the part memory")
     parser.add_argument("--lines", type=int, default=1_000_000)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "bench", help="where clips and random weights are kept")
