@@ -181,6 +181,7 @@ def measure_plan(data, lines):
     from csm_nb import paths
 
     data, lines, steps = Path(data), int(lines), {}
+    kept = data / "plan.parquet"
     manifest = data / "plan.jsonl"
     sources = [data / "plan" / f"{i}.wav" for i in range(100)]
     if not manifest.exists():
@@ -196,6 +197,15 @@ def measure_plan(data, lines):
                 row = {"text": f"Det er sætning nummer {i} af mange, og den er lang.", "speaker_id": f"s{i % 500}",
                        "audio_path": str(path.relative_to(data)), "language": "da", "duration": 3.2}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if not kept.exists():
+        with tokens.pq.ParquetWriter(kept, tokens._SCHEMA) as writer:
+            for start in range(0, lines, 10_000):
+                numbers = range(start, min(lines, start + 10_000))
+                writer.write_table(tokens.pa.table({
+                    "text": [f"Det er sætning nummer {i} af mange, og den er lang." for i in numbers],
+                    "codes": tokens._list_codes([np.zeros((40, 1), np.uint16)] * len(numbers)),
+                    "speaker_id": [f"s{i % 500}" for i in numbers], "language": ["da"] * len(numbers),
+                    "duration": [3.2] * len(numbers)}, schema=tokens._SCHEMA))
     paths.ROOT = data  # where hashes.json is kept
     (data / "data").mkdir(exist_ok=True)
 
@@ -212,9 +222,7 @@ def measure_plan(data, lines):
     step("fingerprint", lambda: tokens.hash_value([
         [row["text"], audio, row["speaker_id"], row["language"]] for row, audio in zip(rows, hashes, strict=True)
     ]))  # fmt: skip
-    table = tokens.pa.table({"text": [row["text"] for row in rows], "speaker_id": [row["speaker_id"] for row in rows],
-                             "codes": tokens._list_codes([np.zeros((40, 1), np.uint16)] * len(rows))})
-    side = tokens.datasets.Dataset(table)
+    side = step("tokens, mapped", lambda: tokens.read_tokens(kept))
     step("split", lambda: split.split_rows(side))
     print(json.dumps(steps))
 
