@@ -17,7 +17,9 @@ import torch
 
 from csm_nb.codec.mimi import encode, load_codec
 from csm_nb.corpora import tokens, workers
+from csm_nb.corpora.__main__ import main
 from csm_nb.corpora.tokens import TokensError, read_tokens, write_tokens
+from csm_nb.manifest import write_manifest
 from csm_nb.processes import identify_process, is_running
 from csm_nb.recipe import ParameterError
 
@@ -245,3 +247,13 @@ def test_codes_do_not_depend_on_the_threads_that_torch_has(rows, codec, whole, t
 def test_other_workers_are_refused_with_those_there_are(rows, codec, tmp_path):
     with pytest.raises(ParameterError, match="workers is 'cloud'; allowed: local, ray"):
         write_tokens(rows, codec, tmp_path, "cloud")
+
+
+def test_the_command_makes_tokens_that_are_found_again_whatever_the_speakers_are_called(rows, codec, tmp_path, capsys):
+    manifest = write_manifest([row | {"text": row["text"] or "-"} for row in rows], tmp_path / "manifest.jsonl")
+    words = [str(manifest), "--language", "da", "--codec", "models/csm-mini", "--device", "cpu", "--data", str(tmp_path)]
+    assert main(words) == 0
+    assert f"{CLIPS} clips" in capsys.readouterr().out
+    made = write_tokens([row | {"speaker_id": "12"} for row in rows], codec, tmp_path)
+    assert made["encoded"] == 0 and made["clips"] == CLIPS
+    assert main(["gone.jsonl", *words[1:]]) == 2 and "no such manifest" in capsys.readouterr().err

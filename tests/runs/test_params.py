@@ -409,7 +409,7 @@ def test_what_takes_long_to_hash_is_remembered_and_read_again_when_its_time_chan
     clip.write_bytes(b"12")
     os.utime(clip, (1, 1))
     monkeypatch.setattr(provenance.time, "time", lambda: float(next(now)))
-    monkeypatch.setattr(provenance, "hash_file", lambda path, _: read.append(path) or "x")
+    monkeypatch.setattr(provenance, "_hash_bytes", lambda path: read.append(path) or "x")
     for _ in range(2):
         provenance.hash_recordings(here / "clips")
     assert read == [clip]
