@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +94,7 @@ def describe_data(source, rows) -> str:
     said = []
     for name, wanted in parts:
         drawn = next((hours[of] for of in (name, find_remote(rows[0]["language"], name).get("id")) if of in hours), 0.0)
-        said.append(f"{name} ({drawn:.2f} h)")
+        said.append(f"{'/'.join(Path(name).parts[-2:])} ({drawn:.2f} h)")  # no card tells where its maker keeps things
         if wanted and drawn < wanted:
             print(f"{name}: {drawn:.2f} h of the {wanted:g} h that are asked for: all there is, or what corpus_clips allows")
     return ", ".join(said)

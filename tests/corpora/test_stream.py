@@ -149,7 +149,7 @@ def test_a_listed_corpus_is_streamed_and_goes_on_after_the_network_went_away(hub
     broken = load(hub, project, "tale", 7)["error"]
     fetched, asked = hub.ranges[2:5], len(hub.ranges)  # after two footers
     kept = len(list((project / "data/clips").glob("*.wav")))
-    assert 0 < kept < 7 and "somebody/tale: the hub broke off" in broken
+    assert 0 < kept < 7 and "somebody/tale: the stream broke off" in broken
     assert f"{kept} of 7 clips are in data/streams/tale-" in broken
     hub.left = 10**6
     done = load(hub, project, "tale", 100)["rows"]
