@@ -156,7 +156,8 @@ def stream_clips(entry: dict, language: str, limit: int | None = None, seed: int
             wanted = f" of {limit}" if limit is not None else ""
             fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise CorpusError(f"{entry['id']}: the stream broke off ({fault}); {len(rows)}{wanted} clips are in "
-                              f"{show_path(place)} and stay. Run again to go on from there, or set corpus_clips to as many as there are") from error
+                              f"{show_path(place)} and stay. Run again to go on from there, or set corpus_clips to as many as "
+                              "there are") from error
     return rows[:limit]
 
 
