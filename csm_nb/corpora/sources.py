@@ -9,7 +9,7 @@ import pyarrow as pa
 import soundfile
 
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
-from csm_nb.corpora.cut import cut_clips, measure_seconds, stream_clips
+from csm_nb.corpora.cut import cut_clips, measure_seconds, show_left_out, stream_clips
 from csm_nb.corpora.layouts import find_layout, read_common_voice, read_parquet
 from csm_nb.corpora.listed import find_listed, find_remote, split_corpora
 from csm_nb.languages import LANGUAGES, get_language
@@ -104,13 +104,8 @@ def _list_shown(source, language):
     """Return list_rows, and print what filters leave out."""
     left_out = Counter()
     rows = list_rows(source, language, left_out)
-    _show_left_out(left_out, len(rows))
+    show_left_out(left_out, len(rows))
     return rows
-
-
-def _show_left_out(left_out, kept):
-    for condition, count in left_out.items():
-        print(f"the filter {condition} leaves out {count} of {kept + left_out.total()} rows")
 
 
 def list_rows(source, language: str, left_out: Counter | None = None) -> list[dict]:
