@@ -154,10 +154,18 @@ def stream_clips(entry: dict, language: str, limit: int | None = None, seed: int
             if isinstance(error, CorpusError):
                 raise
             wanted = f" of {limit}" if limit is not None else ""
-            raise CorpusError(f"{entry['id']}: the hub broke off ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-                              f"{len(rows)}{wanted} clips are in {show_path(place)} and stay. Run again to go on from there, or "
-                              "set corpus_clips to as many as there are") from error
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CorpusError(f"{entry['id']}: the stream broke off ({fault}); {len(rows)}{wanted} clips are in "
+                              f"{show_path(place)} and stay. Run again to go on from there, or set corpus_clips to as many as "
+                              "there are") from error
+    show_left_out(about.get("left out", {}), len(rows))
     return rows[:limit]
+
+
+def show_left_out(left_out: dict[str, int], kept: int) -> None:
+    """Print how many rows each filter leaves out."""
+    for condition, count in left_out.items():
+        print(f"the filter {condition} leaves out {count} of {kept + sum(left_out.values())} rows", flush=True)
 
 
 def _read_stream(place):

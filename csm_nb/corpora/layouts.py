@@ -45,12 +45,12 @@ def read_common_voice(folder: Path, language: str, entry=None, left_out=None) ->
     language, `client_id` is the speaker. `left_out` counts what the entry's `filters` leave out.
     """
     table = next(folder / name for name in COMMON_VOICE if (folder / name).is_file())
-    lines = [(number, line.split("\t"), fault) for number, (line, fault) in enumerate(read_lines(table), 1) if line.strip()]
-    header = lines[0][1] if lines else []
+    lines = ((number, line.split("\t"), fault) for number, (line, fault) in enumerate(read_lines(table), 1) if line.strip())
+    header = next(lines, (1, [], ""))[1]
     filters = (entry or {}).get("filters") or {}
     need_columns(table, header, {name: [name] for name in ("client_id", "path", "sentence", *filters)})
     rows = []
-    for number, cells, fault in lines[1:]:
+    for number, cells, fault in lines:
         if len(cells) > len(header) or len(cells) <= max(map(header.index, ("client_id", "path", "sentence"))):
             raise CorpusError(f"{table}: line {number} has {len(cells)} columns; the header has {len(header)}: "
                               f"{', '.join(header)}")

@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import soundfile
 
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
-from csm_nb.corpora.cut import cut_clips, measure_seconds, stream_clips
+from csm_nb.corpora.cut import cut_clips, measure_seconds, show_left_out, stream_clips
 from csm_nb.corpora.layouts import find_layout, read_common_voice, read_parquet
 from csm_nb.corpora.listed import find_listed, find_remote, split_corpora
 from csm_nb.languages import LANGUAGES, get_language
@@ -93,7 +94,7 @@ def describe_data(source, rows) -> str:
     said = []
     for name, wanted in parts:
         drawn = next((hours[of] for of in (name, find_remote(rows[0]["language"], name).get("id")) if of in hours), 0.0)
-        said.append(f"{name} ({drawn:.2f} h)")
+        said.append(f"{'/'.join(Path(name).parts[-2:])} ({drawn:.2f} h)")  # no card tells where its maker keeps things
         if wanted and drawn < wanted:
             print(f"{name}: {drawn:.2f} h of the {wanted:g} h that are asked for: all there is, or what corpus_clips allows")
     return ", ".join(said)
@@ -103,13 +104,8 @@ def _list_shown(source, language):
     """Return list_rows, and print what filters leave out."""
     left_out = Counter()
     rows = list_rows(source, language, left_out)
-    _show_left_out(left_out, len(rows))
+    show_left_out(left_out, len(rows))
     return rows
-
-
-def _show_left_out(left_out, kept):
-    for condition, count in left_out.items():
-        print(f"the filter {condition} leaves out {count} of {kept + left_out.total()} rows")
 
 
 def list_rows(source, language: str, left_out: Counter | None = None) -> list[dict]:

@@ -67,7 +67,7 @@ def test_of_each_as_many_seconds_are_drawn_as_are_asked_for_in_an_order_by_the_s
     assert load_corpus(corpus, "da", seed=1) == rows
     draws = {tuple(row["text"] for row in load_corpus(corpus, "da", seed=seed)) for seed in range(4)}
     assert len(draws) == 4 and ("nst 0", "nst 1", "nst 2", "nst 3", "nst 4", "lent 0", "lent 1") not in draws
-    assert describe_data(corpus, rows) == "data/corpora/nst (0.00 h), data/corpora/lent (0.00 h)"
+    assert describe_data(corpus, rows) == "corpora/nst (0.00 h), corpora/lent (0.00 h)"
     assert "are asked for" not in capsys.readouterr().out and len(check_clips(rows)[0]) == 7
 
 

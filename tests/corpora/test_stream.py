@@ -144,12 +144,12 @@ def load(hub, project, corpus, limit):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_listed_corpus_is_streamed_and_goes_on_after_the_network_went_away(hub, project):
+def test_a_listed_corpus_is_streamed_and_goes_on_after_the_network_went_away(hub, project, capsys):
     hub.left = 5
     broken = load(hub, project, "tale", 7)["error"]
     fetched, asked = hub.ranges[2:5], len(hub.ranges)  # after two footers
     kept = len(list((project / "data/clips").glob("*.wav")))
-    assert 0 < kept < 7 and "somebody/tale: the hub broke off" in broken
+    assert 0 < kept < 7 and "somebody/tale: the stream broke off" in broken
     assert f"{kept} of 7 clips are in data/streams/tale-" in broken
     hub.left = 10**6
     done = load(hub, project, "tale", 100)["rows"]
@@ -159,6 +159,7 @@ def test_a_listed_corpus_is_streamed_and_goes_on_after_the_network_went_away(hub
     assert not set(fetched) & set(hub.ranges[asked:])  # a row group is fetched once
     assert cut.stream_clips(ENTRY, "da", 5) == done[:5]  # here there is no network: nothing is fetched twice
     assert cut.stream_clips(ENTRY, "da", 100) == done
+    assert "the filter score > 0.5 leaves out 4 of 12 rows" in capsys.readouterr().out
 
 
 def test_any_id_of_the_hub_is_a_corpus_and_its_licence_is_that_of_its_card(hub, project):
