@@ -134,7 +134,7 @@ def describe_provenance(rows, set_aside, settings: dict) -> dict:
     return {"hours": f"{sum(row['duration'] for row in rows) / 3600:.2f}",
             "set aside": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"} | (
         {"pseudo-labelled": f"{pseudo / len(rows):.1%} of the clips"} if pseudo else {}) | (
-        {"processing": ", ".join(done)} if done else {}) | ({"read_out": True} if settings.get("read_out") else {})
+        {"processing": ", ".join(done)} if done else {})
 
 
 def _name(row):

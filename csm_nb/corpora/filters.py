@@ -31,7 +31,7 @@ def choose_clips(rows, language: str, settings: dict, load_asr, keep=None) -> tu
     want = {name: settings.get(name, 0) for name in ("pseudo_labels", "max_cer", "min_dnsmos", "margin", "loudness")}
     asr = load_asr() if want["pseudo_labels"] or want["max_cer"] else None
     rows, unlabelled = label_clips(rows, asr, want["pseudo_labels"], keep) if want["pseudo_labels"] else (rows, [])
-    rows = read_rows(rows, language) if settings.get("read_out") else rows
+    rows = read_rows(rows) if settings.get("read_out") else rows
     good, set_aside = check_clips(rows, keep_repeats=settings.get("keep_repeats", True), margin=want["margin"])
     set_aside = unlabelled + set_aside
     if want["max_cer"]:

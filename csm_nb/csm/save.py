@@ -11,6 +11,7 @@ from peft import PeftModel
 from csm_nb.cards import write_card
 from csm_nb.csm.adapters import check_whole, describe_adapter, describe_base
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, inner_model, quiet_transformers, tie_codebooks
+from csm_nb.csm.record import get_record
 from csm_nb.csm.speakers import get_speakers, list_speakers, pick_voice
 from csm_nb.csm.tags import get_tags, name_kind, pick_tag
 from csm_nb.csm.weights import list_tensors
@@ -34,21 +35,21 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
         if base_id:
             model.peft_config["default"].base_model_name_or_path = show_path(base_id)
         model.save_pretrained(partial, save_embedding_layers=False)  # peft would ask the hub; a trained table is saved anyway
-        write_record(model, partial, (card or {}).get("language", ""), (card or {}).get("read_out", False))
+        write_record(model, partial, (card or {}).get("language", ""))
         if processor is not None and name_kind(get_tags(model)) == "token":
             processor.tokenizer.save_pretrained(partial)
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 
 
-def write_record(model, folder, language: str = "", read_out: bool = False) -> None:
+def write_record(model, folder, language: str = "") -> None:
     """Write base.json: the base that an adapter needs (describe_base), its speakers and tags, its language.
 
-    `read_out` says that its texts were trained as they are read out (text.spoken), so that speaking does the same to a text.
+    `read_out` is in it where its texts were trained as they are read out (text.spoken): speaking does the same to a text.
     """
     record = describe_base(model) | {"speakers": get_speakers(model), "tags": get_tags(model)}
     record |= {"language": language} if language else {}
-    record |= {"read_out": True} if read_out else {}
+    record |= {"read_out": True} if get_record(model).get("read_out") else {}
     (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -57,7 +58,7 @@ def save_full(model, processor, folder, card: dict | None = None, base_id: str =
     """Write a fully trained model as save_base does, with a model card as save_adapter does, and return the folder."""
     with _write_folder(folder) as partial:
         _write_base(model, processor, partial, dtype)
-        write_record(model, partial, (card or {}).get("language", ""), (card or {}).get("read_out", False))
+        write_record(model, partial, (card or {}).get("language", ""))
         _write_card(partial, Path(folder), model, card, base_id)
     return Path(folder)
 

@@ -12,7 +12,7 @@ from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
 from csm_nb.codec.mimi import decode, load_codec
 from csm_nb.corpora import check, filters, level, listed, sources, split, tokens
 from csm_nb.corpora.codes import read_given
-from csm_nb.csm import adapters, load, save, speakers, tags
+from csm_nb.csm import adapters, load, record, save, speakers, tags
 from csm_nb.fidelity import gate
 from csm_nb.hub import describe_model
 from csm_nb.judge import judges
@@ -251,6 +251,7 @@ def start_training(run: Run, model, processor, data: Encoded) -> Training:
     model = adapters.start_training(model, run.params.get("method", "lora"), data.before, recipe.rank, recipe.alpha,
                                     recipe.dropout, recipe.train_mlp, recipe.train_text, data.voices, run.seed,
                                     _make_tags(run), tags.find_rows(processor.tokenizer, _make_tags(run)))
+    record.set_record(model, language=run.language, read_out=run.params.get("read_out", False))
     print(f"goes on from {folders.show_path(data.before) if data.before else 'the base'}{_say_kept(model, recipe, data.before)}")
     display(pd.Series(adapters.describe_adapter(model), name="trained").to_frame())
     texts = [row["text"] for row in data.clips.good]

@@ -52,9 +52,9 @@ def read_out(text: str, language: str) -> str:
     return spell_numbers(text, code)
 
 
-def read_rows(rows, language: str) -> list[dict]:
-    """Return `rows` with each text as it is read out; `written` is how it stood, only where that differs."""
-    said = ((row, read_out(row["text"], language)) for row in rows)
+def read_rows(rows) -> list[dict]:
+    """Return `rows` with each text as its language reads it out; `written` is how it stood, only where that differs."""
+    said = ((row, read_out(row["text"], row["language"])) for row in rows)
     return [row if text == row["text"] else row | {"text": text, "written": row["text"]} for row, text in said]
 
 

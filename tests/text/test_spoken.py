@@ -234,5 +234,5 @@ def test_every_unit_has_a_name_in_every_language(language):
 
 
 def test_a_row_keeps_how_its_text_stood_only_where_that_differs():
-    rows = [{"text": "Ca. 5 kg", "speaker_id": "1"}, {"text": "Hunden sover.", "speaker_id": "1"}]
-    assert read_rows(rows, "no") == [{"text": "Cirka fem kilogram", "speaker_id": "1", "written": "Ca. 5 kg"}, rows[1]]
+    rows = [{"text": text, "speaker_id": "1", "language": "no"} for text in ("Ca. 5 kg", "Hunden sover.")]
+    assert read_rows(rows) == [rows[0] | {"text": "Cirka fem kilogram", "written": "Ca. 5 kg"}, rows[1]]
