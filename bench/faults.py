@@ -3,7 +3,7 @@
     nice python bench/faults.py --clips 10000 --share 0.01
 
 speaks a few hundred sentences by espeak-ng, makes so many clips of them, no two alike (level, silence, a little noise), plants
-faults among them and lets csm_nb.corpora.check sort them. It prints one line per kind and ends with 1 where one was missed.
+faults among them and lets csm_nb.clips.check sort them. It prints one line per kind and ends with 1 where one was missed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from csm_nb.audio import SAMPLE_RATE, write_audio
-from csm_nb.corpora.check import check_clips
+from csm_nb.clips.check import check_clips
 from csm_nb.synth.espeak import VOICES, speak_text
 from csm_nb.text.sentences import make_sentences
 

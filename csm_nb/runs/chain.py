@@ -140,7 +140,8 @@ def _check_files(params, origins):
 
 def _check_draw(found, params):
     from csm_nb import manifest
-    from csm_nb.corpora import check, sources
+    from csm_nb.clips import check
+    from csm_nb.corpora import sources
 
     try:
         check.check_enough(sources.load_corpus(params["corpus"], params["language"], params["corpus_clips"], params["seed"]))

@@ -9,8 +9,9 @@ import pandas as pd
 from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
+from csm_nb.clips import check, filters, level
 from csm_nb.codec.mimi import decode, load_codec
-from csm_nb.corpora import check, filters, level, listed, sources, split, tokens
+from csm_nb.corpora import listed, sources, split, tokens
 from csm_nb.corpora.codes import read_given
 from csm_nb.csm import adapters, load, record, save, speakers, tags
 from csm_nb.fidelity import gate

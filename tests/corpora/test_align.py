@@ -7,8 +7,8 @@ import pytest
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, write_audio
+from csm_nb.clips.check import check_clips
 from csm_nb.corpora import align
-from csm_nb.corpora.check import check_clips
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.judge.judges import load_asr
 from csm_nb.paths import ROOT

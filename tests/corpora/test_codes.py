@@ -7,9 +7,9 @@ import pytest
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, write_audio
+from csm_nb.clips.check import check_clips, check_enough
 from csm_nb.codec.mimi import load_codec
 from csm_nb.corpora import codes, tokens
-from csm_nb.corpora.check import check_clips, check_enough
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.corpora.tokens import read_tokens, write_tokens
 from csm_nb.manifest import CorpusError

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, write_audio
+from csm_nb.clips.check import check_clips, list_remarks
 from csm_nb.codec.mimi import load_codec
-from csm_nb.corpora.check import check_clips, list_remarks
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.corpora.tokens import TokensError, read_tokens, write_tokens
 from csm_nb.manifest import SCHEMA, CorpusError, read_manifest, write_manifest

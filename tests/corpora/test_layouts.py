@@ -9,7 +9,7 @@ import pytest
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, read_audio, write_audio
-from csm_nb.corpora.check import check_clips
+from csm_nb.clips.check import check_clips
 from csm_nb.corpora.sources import list_rows, load_corpus
 from csm_nb.manifest import CorpusError, write_manifest
 from csm_nb.provenance import hash_recordings

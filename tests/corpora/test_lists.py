@@ -8,7 +8,7 @@ import yaml
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, write_audio
-from csm_nb.corpora.check import check_clips
+from csm_nb.clips.check import check_clips
 from csm_nb.corpora.listed import describe_licence, find_failed, split_corpora, take_corpus
 from csm_nb.corpora.sources import describe_data, load_corpus
 from csm_nb.csm.speakers import number_speakers

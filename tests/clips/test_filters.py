@@ -18,8 +18,8 @@ from transformers import (
 
 from csm_nb import paths
 from csm_nb.audio import resample, write_audio
-from csm_nb.corpora import check
-from csm_nb.corpora.filters import choose_clips, compare_texts, label_clips, rate_clips
+from csm_nb.clips import check
+from csm_nb.clips.filters import choose_clips, compare_texts, label_clips, rate_clips
 from csm_nb.judge.confidence import measure_confidence
 from csm_nb.judge.judges import load_asr, transcribe
 from csm_nb.manifest import CorpusError

@@ -9,8 +9,8 @@ import soundfile
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, resample, write_audio
-from csm_nb.corpora.check import check_clips, count_kinds, list_remarks
-from csm_nb.corpora.faults import CLIPPED_BOUND, find_flaws, find_pace_fault, find_sound_fault
+from csm_nb.clips.check import check_clips, count_kinds, list_remarks
+from csm_nb.clips.faults import CLIPPED_BOUND, find_flaws, find_pace_fault, find_sound_fault
 from csm_nb.csm.load import load_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError, read_manifest

@@ -10,9 +10,9 @@ import pandas as pd
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
-from csm_nb.corpora import faults
+from csm_nb.clips import faults
+from csm_nb.clips.level import find_kept, measure_loudness
 from csm_nb.corpora.cut import measure_seconds
-from csm_nb.corpora.level import find_kept, measure_loudness
 from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError
 from csm_nb.text.normalise import normalise_text

@@ -6,8 +6,8 @@ import soundfile
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, read_audio, write_audio
-from csm_nb.corpora.check import check_clips
-from csm_nb.corpora.level import PEAK, describe_levels, find_kept, level_clips, measure_loudness
+from csm_nb.clips.check import check_clips
+from csm_nb.clips.level import PEAK, describe_levels, find_kept, level_clips, measure_loudness
 from csm_nb.manifest import read_manifest
 from csm_nb.synth.espeak import PAD_SECONDS, VOICES, speak_text
 from csm_nb.text.sentences import make_sentences

@@ -7,8 +7,8 @@ import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio, resample
 from csm_nb.clean import clean_text
-from csm_nb.corpora.check import check_clips
-from csm_nb.corpora.level import level_clips
+from csm_nb.clips.check import check_clips
+from csm_nb.clips.level import level_clips
 from csm_nb.judge.confidence import measure_confidence
 from csm_nb.judge.judges import transcribe
 from csm_nb.manifest import CorpusError
