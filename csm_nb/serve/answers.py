@@ -5,7 +5,7 @@ import base64
 import json
 import logging
 import time
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 import numpy as np
 from fastapi import Request
@@ -79,26 +79,25 @@ def describe(server: Server, job: Job) -> tuple[dict[str, str], str]:
 async def say_whole(server: Server, request: Request, job: Job, events, kind: str) -> tuple[Response, np.ndarray]:
     """Return the answer with all that is said, and its samples."""
     headers, about = describe(server, job)
-    encoder, wavs = Encoder(kind, server.engine.rate, about, False), []
-    async for wav in listen(server, request, job, events):
-        encoder.feed(wav)
-        wavs.append(wav)
-    headers |= {"X-Finish": job.finish}
-    return Response(encoder.close(), media_type=FORMATS[kind][2], headers=headers), np.concatenate(wavs)
+    wav = np.concatenate([wav async for wav in listen(server, request, job, events)])
+    encoder = Encoder(kind, server.engine.rate, about, False)
+    encoder.feed(wav)
+    return Response(encoder.close(), media_type=FORMATS[kind][2], headers=headers | {"X-Finish": job.finish}), wav
 
 
 async def say_while_it_comes(server: Server, request: Request, job: Job, events, kind: str, sse: bool, letters: int):
     """Return an answer that goes on while it is spoken, as bytes of a file or as OpenAI's events, once something is said."""
     headers, about = describe(server, job)
-    wavs, encoder = listen(server, request, job, events), Encoder(kind, server.engine.rate, about, True)
-    first = encoder.feed(await anext(wavs))  # an error before is an answer of its own
+    wavs = listen(server, request, job, events)
+    first = await anext(wavs)  # an error before is an answer of its own
 
     async def encode():
         async with aclosing(wavs):
-            yield first
-            async for wav in wavs:
-                yield encoder.feed(wav)
-            yield encoder.close()
+            with closing(Encoder(kind, server.engine.rate, about, True)) as encoder:
+                yield encoder.feed(first)
+                async for wav in wavs:
+                    yield encoder.feed(wav)
+                yield encoder.close()
 
     async def tell():
         async with aclosing(encode()) as pieces:

@@ -107,7 +107,9 @@ def fill_shelf(model, folder, base_licence: str = "") -> Shelf:
             faults[name] = str(error)
             continue
         reader = Reader(name, f"a{number}", tuple(codes), read_tags(place), read_speakers(place), read_licence(place))
-        readers = {code: reader for code in codes if code != HOME} | readers
+        for code in codes:
+            readers.setdefault(code, reader)  # the base's own stays; before an adapter of several goes one of its own
+    readers = {code: readers[code] for code in LANGUAGES if code in readers}
     worn = sorted({reader.worn for reader in readers.values() if reader.worn})
     return Shelf(model, Decoders(model, worn), readers, seen, faults)
 
