@@ -17,6 +17,8 @@ from csm_nb.serve.formats import FORMATS, Encoder
 from csm_nb.speak.generate import SpeechError
 
 SILENT = 0.01  # of full scale; what is quieter is not heard as the beginning of speech
+GONE = "gone"  # the finish of what nobody waits for any more
+HUNG_UP = Refusal(499, "the client has hung up")  # which it does not hear
 log = logging.getLogger("uvicorn.error")
 
 
@@ -41,13 +43,13 @@ def begin(server: Server, text: str, language: str, voice: str, ask: Ask) -> tup
 
 
 async def listen(server: Server, request: Request, job: Job, events: asyncio.Queue):
-    """Yield samples as they come. Whoever hangs up, or stops listening, frees the row of the batch."""
+    """Yield samples as they come, until they end or the client is gone. Who stops listening frees the row of the batch."""
 
     async def wait_for_end():
         while (await request.receive())["type"] != "http.disconnect":
             pass
         server.engine.hang_up(job)
-        events.put_nowait(Refusal(499, "the client has hung up"))
+        events.put_nowait(GONE)
 
     watch, start, audible, samples = asyncio.create_task(wait_for_end()), time.monotonic(), False, 0
     try:
@@ -61,7 +63,8 @@ async def listen(server: Server, request: Request, job: Job, events: asyncio.Que
                 server.figures.first.observe(time.monotonic() - start)
             samples += len(event)
             yield event
-        server.figures.finish.labels(event).inc()
+        if event != GONE:
+            server.figures.finish.labels(event).inc()
         server.figures.seconds.inc(samples / server.engine.rate)
     finally:
         server.engine.hang_up(job)
@@ -79,8 +82,10 @@ def describe(server: Server, job: Job) -> tuple[dict[str, str], str]:
 async def say_whole(server: Server, request: Request, job: Job, events, kind: str) -> tuple[Response, np.ndarray]:
     """Return the answer with all that is said, and its samples."""
     headers, about = describe(server, job)
-    wav = np.concatenate([wav async for wav in listen(server, request, job, events)])
-    encoder = Encoder(kind, server.engine.rate, about, False)
+    wavs = [wav async for wav in listen(server, request, job, events)]
+    if not wavs:
+        raise HUNG_UP
+    encoder, wav = Encoder(kind, server.engine.rate, about, False), np.concatenate(wavs)
     encoder.feed(wav)
     return Response(encoder.close(), media_type=FORMATS[kind][2], headers=headers | {"X-Finish": job.finish}), wav
 
@@ -89,7 +94,9 @@ async def say_while_it_comes(server: Server, request: Request, job: Job, events,
     """Return an answer that goes on while it is spoken, as bytes of a file or as OpenAI's events, once something is said."""
     headers, about = describe(server, job)
     wavs = listen(server, request, job, events)
-    first = await anext(wavs)  # an error before is an answer of its own
+    first = await anext(wavs, None)  # an error before is an answer of its own
+    if first is None:
+        raise HUNG_UP
 
     async def encode():
         async with aclosing(wavs):
