@@ -58,12 +58,16 @@ def main(arguments=None) -> int:
         print(f"error: {error.name} is missing, which the server is made with: make setup EXTRAS=serve", file=sys.stderr)
         return 2
     from csm_nb.csm.load import load_base
+    from csm_nb.csm.weights import list_weights
+    from csm_nb.hub import fetch_model
     from csm_nb.serve.app import create_app
     from csm_nb.serve.engine import Engine
     from csm_nb.serve.voices import read_base_licence
 
     try:
         models = find_models(options.profile)
+        if not list_weights(fetch_model(models["base_model"], "base_model")):
+            raise ValueError(f"{models['base_model']} holds no *.safetensors, and other kinds of weights are not served")
         model, processor = load_base(models["base_model"], options.device)
     except (ParameterError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

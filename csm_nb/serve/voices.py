@@ -102,11 +102,13 @@ def fill_shelf(model, folder, base_licence: str = "") -> Shelf:
             if not (place / "adapter_model.safetensors").is_file():
                 raise AdapterError("no adapter_model.safetensors; other kinds of weights are not read here")
             find_adapters(folder, dict.fromkeys(codes, name))
-            model = load_adapter(model, place, name=f"a{number}")
-        except (AdapterError, ValueError, OSError) as error:
-            faults[name] = str(error)
+            reader = Reader(name, f"a{number}", tuple(codes), read_tags(place), read_speakers(place), read_licence(place))
+            reader.describe()
+            model = load_adapter(model, place, name=reader.worn)
+        except Exception as error:  # whatever is wrong with a folder is wrong with that one alone
+            what = f"its files are none that 03_adapter writes ({type(error).__name__}: {error}); train it again"
+            faults[name] = str(error) if isinstance(error, ValueError) else what
             continue
-        reader = Reader(name, f"a{number}", tuple(codes), read_tags(place), read_speakers(place), read_licence(place))
         for code in codes:
             readers.setdefault(code, reader)  # the base's own stays; before an adapter of several goes one of its own
     readers = {code: readers[code] for code in LANGUAGES if code in readers}

@@ -205,10 +205,12 @@ def test_what_does_not_work_is_not_listed_and_says_why(tmp_path):
     make_adapter(model, tmp_path, "pl", 4)
     (tmp_path / "lora_pl" / "adapter_model.safetensors").rename(tmp_path / "lora_pl" / "adapter_model.bin")
     (tmp_path / "lora_it").mkdir()
+    make_adapter(model, tmp_path, "es", 5)
+    (tmp_path / "lora_es" / "base.json").write_text('{"speakers": [{"number": 1}]}')
     shelf = make_engine(tmp_path).shelf
     assert {code: reader.name for code, reader in shelf.readers.items()} == {"en": "", "sv": "lora_sv", "no": "lora_no+sv"}
     reasons = {"lora_no": "changes nothing", "lora_da": "trained on sv", "lora_xx": "no language xx",
-               "lora_fr": "can not be read", "lora_pl": "no adapter_model.safetensors"}
+               "lora_fr": "can not be read", "lora_pl": "no adapter_model.safetensors", "lora_es": "train it again"}
     assert shelf.faults.keys() == reasons.keys() and all(text in shelf.faults[name] for name, text in reasons.items())
 
 
