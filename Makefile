@@ -1,4 +1,4 @@
-# make run | models | ablate | index | test | lab | setup | lock | clean | clean-data; `make` alone says what each does. Variables are given on the command line
+# make run | models | ablate | serve | index | test | lab | setup | lock | clean | clean-data; `make` alone says what each does. Variables are given on the command line
 # (make run LANGS=da); none is taken from the environment, and LANG and LANGUAGE stay what they are: the locale.
 LANGS    = no sv da
 PROFILE  = mini
@@ -12,6 +12,9 @@ FORCE    =
 EXTRAS   =
 LAB      =
 ALL      =
+HOST     = 127.0.0.1
+PORT     = 8000
+ADAPTERS =
 PYTHON  ?= python3.11
 
 # An activated conda environment (not its base) is used as it is; otherwise .venv is made here.
@@ -33,6 +36,7 @@ TAKES_help   := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE EXTRAS LAB
 TAKES_run    := LANGS PROFILE STAGES AUDIO CORPUS JOBS SET FORCE
 TAKES_models := LANGS PROFILE STAGES
 TAKES_ablate := LANGS PROFILE CORPUS JOBS SEEDS SET
+TAKES_serve  := PROFILE HOST PORT ADAPTERS
 TAKES_lab    := LAB LANGS PROFILE
 TAKES_setup  := EXTRAS
 TAKES_clean-data := ALL
@@ -54,11 +58,12 @@ each = $(foreach word,$(1),$(call quote,$(word)))
 INSTALL = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PY) -m pip config get global.index-url 2>/dev/null)}}; \
   [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; $(UV) pip install --python $(PY)
 
-.PHONY: help run models ablate index test lab setup lock clean clean-data
+.PHONY: help run models ablate serve index test lab setup lock clean clean-data
 help:
 	@echo "make run     run the notebooks; LANGS='$(LANGS)' PROFILE=$(PROFILE) STAGES=... AUDIO=... CORPUS=... JOBS=... SET='key=value ...' FORCE=1"
 	@echo "make models  list the models that PROFILE needs for LANGS, with sizes and licences, and fetch what is missing from the hub"
 	@echo "make ablate  the same with one thing changed at a time, at equal compute; SEEDS='0 1 2', LANGS PROFILE CORPUS JOBS SET as above"
+	@echo "make serve   speak by HTTP what PROFILE's base and adapters can; HOST=$(HOST) PORT=$(PORT) ADAPTERS=folder"
 	@echo "make index   write runs/index.html anew, with pages of the runs that papermill alone made"
 	@echo "make test    run every test"
 	@echo "make lab     begin in JupyterLab: the notebooks with the values of LANGS and PROFILE in them, and where to begin; LAB='--no-browser ...'"
@@ -79,6 +84,13 @@ ablate: $(STAMP)
 	@$(PY) -m csm_nb.ablate --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) \
 	  $(if $(SEEDS),--seeds $(call each,$(SEEDS))) $(if $(CORPUS),--corpus $(call quote,$(CORPUS))) \
 	  $(if $(JOBS),--jobs $(call each,$(JOBS))) $(if $(SET),--set $(call quote,$(SET)))
+
+serve: $(STAMP)
+	@$(PY) -c 'import fastapi, prometheus_client, uvicorn' 2>/dev/null || { \
+	  echo "make: fastapi and uvicorn are missing; installing them (make setup EXTRAS=serve)"; \
+	  $(INSTALL) -e '.[serve]' -c requirements.lock; }
+	@$(PY) -m csm_nb.serve --profile $(call quote,$(PROFILE)) --host $(call quote,$(HOST)) --port $(call quote,$(PORT)) \
+	  $(if $(ADAPTERS),--adapters $(call quote,$(ADAPTERS)))
 
 test: $(STAMP)
 	$(PY) -m pytest

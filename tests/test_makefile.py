@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from csm_nb.ablate import __main__ as ablate
 from csm_nb.runs.__main__ import parse_arguments
+from csm_nb.serve import __main__ as serve
 
 
 def make(*words, **variables):
@@ -33,6 +34,7 @@ def read_command(output, module):
     (["run", "COPRUS=a"], "COPRUS; did you mean CORPUS?"),
     (["LANG=da"], "LANG; did you mean LANGS?"),
     (["lab", "CORPUS=a"], "make lab takes no CORPUS"),
+    (["serve", "PORTS=1"], "PORTS; did you mean PORT?"),
     (["test", "XYZ=1"], "make test takes no XYZ. It takes nothing"),
     (["setup", "EXTRA=gpu"], "EXTRA; did you mean EXTRAS?"),
 ])  # fmt: skip
@@ -61,6 +63,12 @@ def test_seeds_reach_the_ablation():
     code, output = make("ablate", "SEEDS=0 1 2", "LANGS=no", "SET=sentences=8")
     options = ablate.parse_arguments(read_command(output, "ablate"))
     assert code == 0 and (options.langs, options.seeds, options.set) == (["no"], [0, 1, 2], {"sentences": 8})
+
+
+def test_where_to_listen_reaches_the_server_and_is_this_machine_alone_by_default():
+    code, output = make("serve", "PORT=8080", "ADAPTERS=my adapters", HOST="0.0.0.0", PORT="1")
+    options = serve.parse_arguments(read_command(output, "serve"))
+    assert code == 0 and (options.host, options.port, options.adapters) == ("127.0.0.1", 8080, "my adapters")
 
 
 @pytest.mark.parametrize("words", [["help"], ["run", "ablate", "LANGS=da"], ["test"], ["clean"], ["clean-data", "ALL=1"],
