@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 import torch
 
-from csm_nb import engine
+from csm_nb import cluster
 from csm_nb.recipe import ENGINES, ParameterError
 
 # A worker starts in 6 to 10 s (it imports torch and transformers). So many clips of 3 s take csm-mini 20 s on one core, a
@@ -98,7 +98,7 @@ def _work_in_process(work, job):
 
 
 def _run_by_ray(work, codec, jobs):
-    own = engine.start_ray()
+    own = cluster.start_ray()
     import ray
 
     resources = ray.cluster_resources()

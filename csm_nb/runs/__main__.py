@@ -9,7 +9,7 @@ import sys
 import yaml
 from huggingface_hub import is_offline_mode
 
-from csm_nb import engine, hub, recipe
+from csm_nb import cluster, hub, recipe
 from csm_nb.paths import STAGES, resolve_path
 from csm_nb.processes import count_cores
 from csm_nb.recipe import ParameterError
@@ -59,8 +59,8 @@ def check_away(tasks):
 
 
 def connect_ray():
-    """Connect to Ray or start one (engine.start_ray), for this process and those that it starts."""
-    engine.start_ray()
+    """Connect to Ray or start one (cluster.start_ray), for this process and those that it starts."""
+    cluster.start_ray()
     import ray
 
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address

@@ -22,8 +22,8 @@ import yaml
 from filelock import SoftFileLease
 
 from csm_nb import hub, paths
+from csm_nb.cluster import share_cores
 from csm_nb.corpora import listed
-from csm_nb.engine import share_cores
 from csm_nb.paths import STAGES, resolve_path, show_path
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
@@ -163,7 +163,7 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False, engine: str = "
     """Run tasks to their end, `jobs` at a time, one of a language and arm at a time; each task then says how it went.
 
     With `force` what is done is run again, into a folder beside the old one. With the engine ray each runs on a node of the Ray
-    that is connected (engine.start_ray), which finds this disk at the same place.
+    that is connected (cluster.start_ray), which finds this disk at the same place.
     On KeyboardInterrupt the running notebooks are ended, so only they are unfinished, and the interrupt goes on.
     """
     threads = str(share_cores(jobs) if engine == "ray" else max(1, count_cores() // jobs))
@@ -255,7 +255,7 @@ def _start_task(task, threads, force=False, engine="local"):
     command = [sys.executable, "-m", "papermill", source, notebook, "-f", values, "--kernel", "python3"]
     command += ["--cwd", source.parent, "--log-output", "--no-progress-bar"]
     if engine == "ray":
-        command = [sys.executable, "-m", "csm_nb.engine", task.folder, *command]
+        command = [sys.executable, "-m", "csm_nb.cluster", task.folder, *command]
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
     environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", folders.HANDED_DOWN: str(task.folder)}

@@ -1,6 +1,6 @@
 """Ray, where there is one: connect to it or start it, and run a stage's command on one of its nodes, which share the disk.
 
-`python -m csm_nb.engine FOLDER COMMAND...` is that command as a process of this machine: its exit code is the command's, and
+`python -m csm_nb.cluster FOLDER COMMAND...` is that command as a process of this machine: its exit code is the command's, and
 when it ends, however that is, the command ends.
 """
 
@@ -83,7 +83,7 @@ def _run_here(folder, command, environment):
     with hold(Path(folder) / "run.json"):  # the kernel on a node that died holds it for a while yet
         pass
     with open(Path(folder) / "log.txt", "ab") as log:
-        tied = [sys.executable, "-m", "csm_nb.engine", "--tied", *command]
+        tied = [sys.executable, "-m", "csm_nb.cluster", "--tied", *command]
         process = subprocess.Popen(tied, env=os.environ | environment, stdin=subprocess.PIPE, stdout=log, stderr=log,
                                    start_new_session=True)
         try:
