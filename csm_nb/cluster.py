@@ -58,15 +58,17 @@ def share_cores(jobs: int) -> int:
 def run_on_node(folder: Path, command: list[str]) -> int:
     """Run a command on a node of Ray, its output at the end of log.txt in `folder`, and return its exit code.
 
-    It takes as many cores as OMP_NUM_THREADS says, and a GPU where Ray has some. Where its node dies it is run again on
-    another; on SIGTERM and Ctrl-C it is ended.
+    It takes as many cores as OMP_NUM_THREADS says, no more than the smallest node has, and a GPU where Ray has some. Where its
+    node dies it is run again on another; on SIGTERM and Ctrl-C it is ended.
     """
     start_ray()
     import ray
 
     environment = {name: os.environ[name] for name in HANDED if name in os.environ}
     environment["RAY_ADDRESS"] = ""  # what a stage asks of Ray would wait for the cores that it holds itself
-    needs = {"num_cpus": int(os.environ.get("OMP_NUM_THREADS", 1)), "num_gpus": int(ray.cluster_resources().get("GPU", 0) > 0)}
+    cores = min(int(os.environ.get("OMP_NUM_THREADS", 1)), share_cores(1))  # more than a node has would wait for ever
+    environment["OMP_NUM_THREADS"] = str(cores)
+    needs = {"num_cpus": cores, "num_gpus": int(ray.cluster_resources().get("GPU", 0) > 0)}
     task = ray.remote(_run_here).options(max_retries=RETRIES, retry_exceptions=False, **needs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     running = task.remote(str(folder), command, environment)
