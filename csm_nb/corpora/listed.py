@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from csm_nb import paths
 from csm_nb.clean import read_text
 from csm_nb.hub import HUB_ERRORS, is_hub_id
+from csm_nb.languages import LANGUAGES
 from csm_nb.paths import resolve_path
 from csm_nb.provenance import hash_value, read_json
 from csm_nb.recipe import ParameterError, suggest
@@ -164,7 +165,7 @@ def take_corpus(found: str, corpus: str, language: str, train: bool = True) -> s
     With `train` also a name or an id that the hub has, as it is: cut.stream_clips reads it. Raises ParameterError, which `found`
     begins, for a name whose folder is not there, saying what to fetch and where to put it; and with `train` for a corpus whose
     licence forbids synthesis, or that is listed for something else than training. One that forbids it is refused by its
-    folder's name as well, wherever it lies.
+    folder's name as well, wherever it lies, and for every language.
     """
     parts = split_corpora(corpus) if train else [(corpus, None)]
     if len(parts) == 1 and parts[0][1] is None:
@@ -194,9 +195,11 @@ def _take_one(found, corpus, language, train):
         raise ParameterError(f"{found}, and there is no {PLACE}/{corpus}; {describe_fetch(corpus, listed[corpus])}"
                              f"{f' To stream it, the hub was asked: {fault}' if fault else ''}")
     folder = path.parent if path.suffix == ".jsonl" else path
-    for name, entry in listed.items():
+    forbidden = {name: entry for code in LANGUAGES for name, entry in list_corpora(code).items() if entry.get("forbids")}
+    for name, entry in (forbidden | listed).items():  # what Danish lists is no more allowed to teach Norwegian
         named = {name.lower(), Path(entry.get("id", name)).name.lower()}
-        if entry.get("forbids") and folder.name.lower() in named or entry == find_listed(language, path):
+        own = {folder.name.lower(), folder.parent.name.lower()} & named  # or a configuration's folder in it
+        if entry.get("forbids") and own or entry == find_listed(language, path):
             _check_use(found, name, entry, train)
     if train and (entry := find_remote(language, corpus)):
         if "use" in entry:
@@ -248,14 +251,17 @@ def _say_source(entry):
     return " or ".join(entry[field] for field in ("id", "home") if field in entry)
 
 
-def describe_licence(language: str, corpus: str, said: str = "") -> dict[str, str]:
+def describe_licence(language: str, corpus: str, said: str = "", rows=()) -> dict[str, str]:
     """Return what a card says of the licence of `corpus`: `said` if it is not empty, else that of its entry, or of all in a list.
+
+    Of one without an entry it is what its `rows` say in their field `licence`.
 
     Data that is not for commercial use marks the card, whoever said the licence, and however many others are not so.
     """
     names = [name for name, _ in split_corpora(corpus)]
     entries = {name: find_remote(language, name) or find_listed(language, name) for name in names}
-    licences = {name: entry.get("licence") or _read_licence(entry) for name, entry in entries.items()}
+    licences = {name: entry.get("licence") or _read_licence(entry, [row for row in rows if row.get("of_corpus", name) == name])
+                for name, entry in entries.items()}
     each = ", ".join(f"{licence} ({Path(name).name})" for name, licence in licences.items())
     licence = said or (each if len(set(licences.values())) > 1 else licences[names[0]])
     marked = any(entry.get("noncommercial") for entry in entries.values())
@@ -264,8 +270,9 @@ def describe_licence(language: str, corpus: str, said: str = "") -> dict[str, st
     return {"licence": f"of the data: {licence}"} | mark
 
 
-def _read_licence(entry):
-    """Return the licence that the hub's card of a streamed data set says."""
+def _read_licence(entry, rows):
+    """Return the licence that the hub's card of a streamed data set says, else those that the rows of a corpus say."""
     streams = paths.ROOT / "data" / "streams"
     kept = (read_json(file) for file in sorted(streams.glob(f"{Path(entry['id']).name}-*/stream.json"))) if "id" in entry else ()
-    return next((about["licence"] for about in kept if about["id"] == entry["id"]), "not stated")
+    each = ", ".join(sorted({str(row["licence"]) for row in rows if row.get("licence")}))
+    return next((about["licence"] for about in kept if about["id"] == entry["id"]), each or "not stated")

@@ -145,13 +145,13 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     if run.corpus:
         rows = [row for code in run.languages for row in sources.load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
         card = {"data": sources.describe_data(run.corpus, rows)}
-        card |= listed.describe_licence(run.language, run.corpus, run.corpus_licence)
+        card |= listed.describe_licence(run.language, run.corpus, run.corpus_licence, rows)
     else:
         rows = [row for code in run.languages
                 for row in make_speech(run, code, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)]
         card = {"data": "espeak-ng voices that no stage before has used, standing in for a real corpus (synthetic)",
                 "licence": f"of the data: {run.corpus_licence or 'synthetic speech'}"}
-    print(f"the corpus: {card['data']}")
+    print(f"the corpus: {card['data']}; licence {card['licence']}")
     return rows, card
 
 

@@ -107,6 +107,23 @@ def test_a_licence_that_forbids_synthesis_is_refused_for_training_with_the_reaso
         assert params.check_params("00_mimi_sanity", {"language": "da", "audio": corpus})["audio"] == "data/corpora/coral"
 
 
+@pytest.mark.parametrize("corpus", ["CoRal-project/coral-v9", "my/coral/read_aloud", "mine:1, my/coral/read_aloud:2"])
+def test_a_licence_that_forbids_synthesis_forbids_it_for_every_language_and_each_configuration(project, corpus):
+    make_clips(project / "my/coral/read_aloud")
+    make_clips(project / "mine")
+    for language in ("da", "no"):
+        with pytest.raises(ParameterError, match="forbids speech synthesis"):
+            take_corpus("corpus is it", corpus, language)
+
+
+def test_a_card_says_the_licences_that_the_rows_of_a_corpus_say(project):
+    rows = [{"licence": licence} for licence in ("MIT", "GPL-2.0", "MIT", None)]
+    assert describe_licence("da", "my/own", rows=rows) == {"licence": "of the data: GPL-2.0, MIT"}
+    assert describe_licence("da", "my/own", "CC0", rows) == {"licence": "of the data: CC0"}
+    mine = describe_licence("da", "my/own, his", rows=[{"of_corpus": "his", "licence": "CC BY-NC 4.0"}])
+    assert mine["licence"] == "of the data: not stated (own), CC BY-NC 4.0 (his)" and "commercial use" in mine
+
+
 def test_what_is_listed_for_evaluation_is_not_trained_on(project):
     with pytest.raises(ParameterError, match="fleurs is listed for evaluate and not for training: no speakers"):
         take_corpus("corpus is 'fleurs'", "fleurs", "da")
