@@ -103,7 +103,8 @@ def count_clips(rows, set_aside) -> dict[str, int]:
 def describe_texts(rows, language: str) -> dict[str, str]:
     """Return what the card of a corpus says of the texts of clips: distinct characters, those beyond the alphabet, and pace."""
     found = Counter("".join(row["text"] for row in rows))
-    alphabet = spell_alphabet(language) if language in LANGUAGES else ""
+    alphabet = {letter for code in {language, *(row["language"] for row in rows)} & LANGUAGES.keys()
+                for letter in spell_alphabet(code)}
     beyond = {sign: count for sign, count in found.most_common() if sign.isalpha() and sign not in alphabet}
     pace = np.percentile([len(row["text"]) / row["duration"] for row in rows], [5, 50, 95])
     others = " ".join(f"{sign} ({count})" for sign, count in list(beyond.items())[:12]) + " ..." * (len(beyond) > 12)

@@ -19,12 +19,17 @@ from csm_nb.paths import resolve_path
 FIRST_CLIPS = 64  # that are drawn to tell how long the clips of a corpus are
 
 
+class LanguageError(CorpusError):
+    """A corpus that holds nothing of a language; names what it holds."""
+
+
 def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) -> list[dict]:
     """Return the rows of `language` in a corpus (list_rows), at most `limit`, drawn by `seed`, each with a file of its own.
 
     Only what is drawn is cut from longer recordings, written out of Parquet, or fetched from the hub (corpora.cut). Of a list
     of corpora with hours (listed.split_corpora) as much is drawn of each, in an order by `seed`, by the lengths in the files'
-    headers; `limit` is of all together, parted by hours, or evenly where some have none. Rows of a list or of the hub say in
+    headers; `limit` is of all together, parted by hours, or evenly where some have none. One that has nothing of the language
+    is passed over where another has, as where each is of one of several languages. Rows of a list or of the hub say in
     `of_corpus` where they are from. What is not there is said.
     """
     parts, code = split_corpora(source), get_language(language).code
@@ -39,11 +44,21 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
 
 
 def _load_parts(parts, language, limit, seed):
+    opened, rows, none = {}, [], []
+    for name, _ in parts:
+        try:
+            opened[name] = _open_part(name, language, seed)
+        except LanguageError as error:
+            none.append(error)
+    if not opened:
+        raise none[0]
+    for error in none:
+        print(error)
+    parts = [part for part in parts if part[0] in opened]
     weights = [hours or 0 for _, hours in parts] if all(hours for _, hours in parts) else [1] * len(parts)
-    rows = []
     for at, (name, hours) in enumerate(parts):
         left = None if limit is None else round((limit - len(rows)) * weights[at] / sum(weights[at:]))
-        drawn = _draw_hours(_open_part(name, language, seed), hours, left)
+        drawn = _draw_hours(opened[name], hours, left)
         rows += [{"of_corpus": name} | row for row in drawn]
     return rows
 
@@ -132,7 +147,7 @@ def list_rows(source, language: str, left_out: Counter | None = None) -> list[di
                   "-skip_initial_bytes N before -i for a header" * (".pcm" in kinds)
             allowed = f"among {among}; clips are {' '.join(SUFFIXES)} (others: ffmpeg -i clip.m4a clip.wav{raw})"
         filtered = "".join(f"; the filter {one} leaves out {count} rows" for one, count in left_out.items())
-        raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}{filtered}; {allowed}")
+        raise LanguageError(f"{source}: nothing of language {code!r}; found: {found}{filtered}; {allowed}")
     return chosen
 
 

@@ -120,10 +120,7 @@ def _check_files(params, origins):
         if any(listed.find_remote(params["language"], name) for name in names if key == "corpus"):
             continue  # what the hub has is seen when it is fetched
         try:
-            rows = [row for name in names for row in _read_file(key, resolve_path(name), params["language"])]
-            for code in params.get("also", []) if key == "corpus" else ():  # has to hold some of each
-                for name in names:
-                    _read_file(key, resolve_path(name), code)
+            rows = _read_files(key, names, [params["language"], *(params.get("also", []) if key == "corpus" else [])])
         except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
         if key in FILES:
@@ -136,6 +133,30 @@ def _check_files(params, origins):
             raise ParameterError(f"{found}: none of its {len(rows)} clips has a text: a manifest's `text`, or a .txt beside each "
                                  "clip of a folder, or pseudo_labels")
         _check_draw(found, params)
+
+
+def _read_files(key, names, codes):
+    """Return the rows of the first of `codes` in all files; each file has to hold some of one of them, and no clip is of two."""
+    from csm_nb.corpora import sources
+
+    rows = {code: [] for code in codes}
+    for name in names:
+        none = []
+        for code in codes:
+            try:
+                rows[code] += _read_file(key, resolve_path(name), code)
+            except sources.LanguageError as error:
+                none.append(error)
+        if len(none) == len(codes):
+            raise none[0]
+    if missing := [code for code in codes if not rows[code]]:
+        raise ValueError(f"nothing of language {missing[0]!r} in it, which is to be taught beside the others")
+    clips = {code: {tuple(str(row.get(field)) for field in ("audio_path", "start", "parquet_row", "codes_row"))
+                    for row in found} for code, found in rows.items() if len(codes) > 1}
+    if any(clips[codes[0]] & clips[code] for code in codes[1:]):
+        raise ValueError(f"it does not say which of its clips are {' and which '.join(codes)}; allowed for several languages are "
+                         "a manifest.jsonl, which says the language of each, and folders of Common Voice")
+    return rows[codes[0]]
 
 
 def _check_draw(found, params):

@@ -166,7 +166,7 @@ def check_clips(rows, processor, run: Run | None = None) -> Clips:
     settings, language = run.params if run else {}, run.language if run else next((row["language"] for row in rows), "")
     if settings.get("max_cer") or settings.get("pseudo_labels"):
         print(f"{run.asr_model} listens to the clips; of a corpus that it was trained on it knows the texts, and lets more pass")
-    clips = Clips(*filters.choose_clips(rows, language, settings, lambda: judges.load_asr(run.asr_model, run.device, language),
+    clips = Clips(*filters.choose_clips(rows, settings, lambda code: judges.load_asr(run.asr_model, run.device, code),
                                         Keep(run.data) if run else None))
     clips = replace(clips, card=check.describe_provenance(clips.good, clips.set_aside, settings))
     seconds = np.array([row["duration"] for row in clips.good])
