@@ -122,16 +122,21 @@ def describe_sound(rows, most: int = 200) -> dict[str, str]:
         "band-limited", ""))))
     bands = ", ".join(f"{count / len(rows):.0%} at {limit} kHz" for limit, count in sorted(narrow.items()))
     of = f", of {len(drawn)} clips" * (len(drawn) < len(rows))
-    return {"loudness, LUFS": f"{middle:.1f} ({low:.1f} to {high:.1f}{of})", "band-limited": bands or "none"}
+    loudness = f"{middle:.1f} ({low:.1f} to {high:.1f}{of})" if drawn else "not known of codes alone"
+    return {"loudness, LUFS": loudness, "band-limited": bands or "none"}
 
 
 def describe_provenance(rows, set_aside, settings: dict) -> dict:
-    """Return what an adapter's card says of its clips: hours, how many were set aside for what, labelled, and what was done."""
+    """Return what an adapter's card says of its clips: hours, how many were set aside for what, labelled, and what was done.
+
+    Codes alone have no sound that anything could be done to, and that is said.
+    """
+    deaf = sum("codes_row" in row for row in rows)
     kinds = Counter(row["kind"] for row in set_aside)
     pseudo = sum("pseudo" in row for row in rows)
     named = {"margin": " s", "loudness": " LUFS", "max_cer": "", "min_dnsmos": ""}
-    done = [f"{name} {settings[name]:g}{unit}" for name, unit in named.items() if settings.get(name)]
-    done += ["read_out"] * bool(settings.get("read_out"))
+    done = [f"{name} {settings[name]:g}{unit}" for name, unit in named.items() if settings.get(name) and deaf < len(rows)]
+    done += [f"not of {deaf} clips that are codes alone"] * bool(done and deaf) + ["read_out"] * bool(settings.get("read_out"))
     return {"hours": f"{sum(row['duration'] for row in rows) / 3600:.2f}",
             "set aside": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"} | (
         {"pseudo-labelled": f"{pseudo / len(rows):.1%} of the clips"} if pseudo else {}) | (

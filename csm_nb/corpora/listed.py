@@ -4,10 +4,11 @@ import math
 import operator
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi
 
 from csm_nb import paths
 from csm_nb.clean import read_text
@@ -254,14 +255,14 @@ def _say_source(entry):
 def describe_licence(language: str, corpus: str, said: str = "", rows=()) -> dict[str, str]:
     """Return what a card says of the licence of `corpus`: `said` if it is not empty, else that of its entry, or of all in a list.
 
-    Of one without an entry it is what its `rows` say in their field `licence`.
+    Of one without an entry it is what its `rows` say in their field `licence`, or else the card in its folder.
 
     Data that is not for commercial use marks the card, whoever said the licence, and however many others are not so.
     """
     names = [name for name, _ in split_corpora(corpus)]
     entries = {name: find_remote(language, name) or find_listed(language, name) for name in names}
-    licences = {name: entry.get("licence") or _read_licence(entry, [row for row in rows if row.get("of_corpus", name) == name])
-                for name, entry in entries.items()}
+    licences = {name: entry.get("licence") or _read_licence(
+        name, entry, [row for row in rows if row.get("of_corpus", name) == name]) for name, entry in entries.items()}
     each = ", ".join(f"{licence} ({Path(name).name})" for name, licence in licences.items())
     licence = said or (each if len(set(licences.values())) > 1 else licences[names[0]])
     marked = any(entry.get("noncommercial") for entry in entries.values())
@@ -270,9 +271,13 @@ def describe_licence(language: str, corpus: str, said: str = "", rows=()) -> dic
     return {"licence": f"of the data: {licence}"} | mark
 
 
-def _read_licence(entry, rows):
-    """Return the licence that the hub's card of a streamed data set says, else those that the rows of a corpus say."""
+def _read_licence(name, entry, rows):
+    """Return the licence that the hub's card of a streamed data set says, else the rows of a corpus, else the card beside it."""
     streams = paths.ROOT / "data" / "streams"
     kept = (read_json(file) for file in sorted(streams.glob(f"{Path(entry['id']).name}-*/stream.json"))) if "id" in entry else ()
     each = ", ".join(sorted({str(row["licence"]) for row in rows if row.get("licence")}))
-    return next((about["licence"] for about in kept if about["id"] == entry["id"]), each or "not stated")
+    card = resolve_path(name) / "README.md"
+    if not each and card.is_file():
+        with suppress(ValueError, yaml.YAMLError):  # no card, or half of one
+            each = DatasetCard(read_text(card)).data.license
+    return next((about["licence"] for about in kept if about["id"] == entry["id"]), str(each or "not stated"))

@@ -230,7 +230,9 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
         write_json(run.dir / "set_aside.json", clips.set_aside)
     before, said = folders.find_adapter(run.params.get("init_adapter", ""), run), _make_tags(run)
     if run.languages[1:] or tags.name_kind(said) != "none":
-        clips = replace(clips, good=several.balance_hours(clips.good, run.languages, run.seed))
+        good = several.balance_hours(clips.good, run.languages, run.seed)
+        hours = f"{sum(row['duration'] for row in good) / 3600:.2f}"
+        clips = replace(clips, good=good, card=clips.card | {"hours": hours})
     good, voices = speakers.number_speakers(clips.good, corpus, before)
     codec = load_codec(run.base_model, run.device)
     made = tokens.write_tokens(good, codec, run.data, read_recipe(run.params).workers)
@@ -242,7 +244,7 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     voices = speakers.count_speakers(voices, train_rows)
     voice = speakers.pick_voice(voices)
     print(f"speaks as {voice}")
-    display(pd.DataFrame(voices))
+    display(pd.DataFrame(voices).drop(columns=["content", "speaker"]))  # who they are is in base.json: pages are passed on
     return Encoded(replace(clips, good=good), train_rows, valid_rows, Path(made["path"]), voices, voice, before)
 
 

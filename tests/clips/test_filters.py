@@ -82,6 +82,15 @@ def test_labelled_clips_are_counted_and_not_compared_with_themselves(rows, asr):
     assert set(check.describe_provenance(good, [], {})) == {"hours", "set aside", "pseudo-labelled"}
 
 
+def test_what_could_not_be_done_to_codes_alone_is_not_said_to_be_done():
+    row, settings = {"duration": 2.0, "remarks": {}}, {"margin": 0.2, "max_cer": 0.5, "read_out": True}
+    codes = row | {"codes_row": 0}
+    assert check.describe_provenance([codes], [], settings)["processing"] == "read_out"
+    assert check.describe_provenance([codes, row], [], settings)["processing"] == (
+        "margin 0.2 s, max_cer 0.5, not of 1 clips that are codes alone, read_out")
+    assert check.describe_sound([codes])["loudness, LUFS"] == "not known of codes alone"
+
+
 def test_where_nothing_is_left_it_says_what_was_asked_for(rows, asr):
     with pytest.raises(CorpusError, match="of 6 clips none is left: heard as .* at most 0% is allowed .* ask for less"):
         choose_clips([row | {"text": "Noget helt andet end det."} for row in rows], {"max_cer": 0.001}, lambda code: asr)

@@ -120,6 +120,11 @@ def test_a_card_says_the_licences_that_the_rows_of_a_corpus_say(project):
     rows = [{"licence": licence} for licence in ("MIT", "GPL-2.0", "MIT", None)]
     assert describe_licence("da", "my/own", rows=rows) == {"licence": "of the data: GPL-2.0, MIT"}
     assert describe_licence("da", "my/own", "CC0", rows) == {"licence": "of the data: CC0"}
+    make_clips(project / "my/own")
+    for text, licence in (
+            ("---\nlicense: cc-by-nc-4.0\n---\n# own", "cc-by-nc-4.0"), ("# own", "not stated"), ("---\n: [", "not stated")):
+        (project / "my/own/README.md").write_text(text)
+        assert describe_licence("da", "my/own")["licence"] == f"of the data: {licence}"
     mine = describe_licence("da", "my/own, his", rows=[{"of_corpus": "his", "licence": "CC BY-NC 4.0"}])
     assert mine["licence"] == "of the data: not stated (own), CC BY-NC 4.0 (his)" and "commercial use" in mine
 
