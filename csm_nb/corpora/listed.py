@@ -125,10 +125,10 @@ def find_listed(language: str, corpus) -> dict:
 def split_corpora(corpus) -> list[tuple[str, float | None]]:
     """Return (corpus, hours to draw or None for all) of each in a list: "nst:20, npsc" has two; a path that is there is one."""
     parts = [(str(corpus), None)] if resolve_path(corpus).exists() else []
-    for part in str(corpus).split(",") if not parts else ():
+    for part in filter(str.strip, str(corpus).split(",")) if not parts else ():  # a comma at the end begins none
         name, colon, hours = part.strip().rpartition(":")
         parts.append((name.strip(), float(hours)) if colon and _is_number(hours) else (part.strip(), None))
-    return parts
+    return parts or [(str(corpus), None)]
 
 
 def find_remote(language: str, corpus) -> dict:
@@ -172,9 +172,11 @@ def take_corpus(found: str, corpus: str, language: str, train: bool = True) -> s
     if len(parts) == 1 and parts[0][1] is None:
         return _take_one(found, corpus, language, train)
     taken = [_take_one(found, name, language, train) for name, _ in parts]
+    places = list(map(resolve_path, taken))
     for place, (name, hours) in zip(taken, parts, strict=True):
-        if taken.count(place) > 1 or hours is not None and hours <= 0:
-            fault = "is named twice" if taken.count(place) > 1 else f"has {hours:g} h"
+        twice = places.count(resolve_path(place)) > 1
+        if twice or hours is not None and hours <= 0:
+            fault = "is named twice" if twice else f"has {hours:g} h"
             raise ParameterError(f"{found}: {name!r} {fault}; allowed are names and paths with commas between, each once, "
                                  "perhaps with hours: nst:20, npsc:5.5")
         if not find_remote(language, place) and not resolve_path(place).exists():

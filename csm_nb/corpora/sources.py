@@ -10,12 +10,14 @@ import soundfile
 
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
 from csm_nb.corpora.cut import cut_clips, measure_seconds, show_left_out, stream_clips
-from csm_nb.corpora.layouts import find_layout, read_common_voice, read_parquet
+from csm_nb.corpora.layouts import COMMON_VOICE, find_layout, read_common_voice, read_parquet
 from csm_nb.corpora.listed import find_listed, find_remote, split_corpora
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.manifest import SUFFIXES, CorpusError, read_manifest
 from csm_nb.paths import resolve_path
 
+TABLES = (".tsv", ".csv", ".scp", ".parquet")  # of a published corpus, whose folder is to be given
+TELLING = (*COMMON_VOICE, "metadata.csv", "wav.scp")  # files by which a folder is known for such a corpus
 FIRST_CLIPS = 64  # that are drawn to tell how long the clips of a corpus are
 
 
@@ -153,11 +155,19 @@ def list_rows(source, language: str, left_out: Counter | None = None) -> list[di
 
 def _read_source(source, code, left_out):
     if not source.is_dir():
+        if source.suffix.lower() in TABLES and source.is_file():
+            raise CorpusError(f"{source.name} is part of a corpus and no manifest; give the folder that holds all of it: "
+                              f"{source.parent}")
         return read_manifest(source)
     entry = find_listed(code, source)
     if entry.get("config") and (source / entry["config"]).is_dir():  # of several languages in one download
         source /= entry["config"]
     read = find_layout(source)
+    below = sorted(folder.name for folder in source.glob("*/") if not read and any(
+        (folder / name).is_file() for name in TELLING) and find_layout(folder))
+    if below:
+        raise CorpusError(f"{source} holds corpora and is none itself; give one of them, such as {source / below[0]} (there are "
+                          f"{', '.join(below)}), or several with commas between")
     try:
         if read in (read_common_voice, read_parquet):  # tables with columns of their own
             return read(source, code, entry, left_out)
