@@ -254,20 +254,22 @@ def _say_source(entry):
     return " or ".join(entry[field] for field in ("id", "home") if field in entry)
 
 
-def describe_licence(language: str, corpus: str, said: str = "", rows=()) -> dict[str, str]:
+def describe_licence(languages, corpus: str, said: str = "", rows=()) -> dict[str, str]:
     """Return what a card says of the licence of `corpus`: `said` if it is not empty, else that of its entry, or of all in a list.
 
-    Of one without an entry it is what its `rows` say in their field `licence`, or else the card in its folder.
-
-    Data that is not for commercial use marks the card, whoever said the licence, and however many others are not so.
+    Each of `languages` may have an entry of its own by a name. Of one without an entry it is what its `rows` say in their field
+    `licence`, or else the card in its folder. Data that is not for commercial use marks the card, whoever said the licence, and
+    however many others are not so.
     """
-    names = [name for name, _ in split_corpora(corpus)]
-    entries = {name: find_remote(language, name) or find_listed(language, name) for name in names}
-    licences = {name: entry.get("licence") or _read_licence(
-        name, entry, [row for row in rows if row.get("of_corpus", name) == name]) for name, entry in entries.items()}
-    each = ", ".join(f"{licence} ({Path(name).name})" for name, licence in licences.items())
-    licence = said or (each if len(set(licences.values())) > 1 else licences[names[0]])
-    marked = any(entry.get("noncommercial") for entry in entries.values())
+    found = [(name, find_remote(code, name) or find_listed(code, name))
+             for name, _ in split_corpora(corpus) for code in languages]
+    licences = {}
+    for name, entry in found:
+        own = [row for row in rows if row.get("of_corpus", name) in (name, entry.get("id"))]
+        licences[name, entry.get("id")] = entry.get("licence") or _read_licence(name, entry, own)
+    each = ", ".join(f"{licence} ({Path(name).name})" for (name, _), licence in licences.items())
+    licence = said or (each if len(set(licences.values())) > 1 else next(iter(licences.values())))
+    marked = any(entry.get("noncommercial") for _, entry in found)
     marked |= any("-nc" in one.lower().replace(" ", "-").replace("_", "-") for one in (licence, *licences.values()))
     mark = {"commercial use": "none: the licence of the data forbids it"} if marked else {}
     return {"licence": f"of the data: {licence}"} | mark

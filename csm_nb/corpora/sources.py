@@ -108,9 +108,9 @@ def describe_data(source, rows) -> str:
     hours = Counter()
     for row in rows:
         hours[row["of_corpus"]] += row["duration"] / 3600
-    said = []
+    said, codes = [], {row["language"] for row in rows}
     for name, wanted in parts:
-        drawn = next((hours[of] for of in (name, find_remote(rows[0]["language"], name).get("id")) if of in hours), 0.0)
+        drawn = sum(hours[of] for of in {name} | {find_remote(code, name).get("id") for code in codes})
         said.append(f"{'/'.join(Path(name).parts[-2:])} ({drawn:.2f} h)")  # no card tells where its maker keeps things
         if wanted and drawn < wanted:
             print(f"{name}: {drawn:.2f} h of the {wanted:g} h that are asked for: all there is, or what corpus_clips allows")

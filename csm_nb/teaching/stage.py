@@ -145,7 +145,7 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     if run.corpus:
         rows = [row for code in run.languages for row in sources.load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
         card = {"data": sources.describe_data(run.corpus, rows)}
-        card |= listed.describe_licence(run.language, run.corpus, run.corpus_licence, rows)
+        card |= listed.describe_licence(run.languages, run.corpus, run.corpus_licence, rows)
     else:
         rows = [row for code in run.languages
                 for row in make_speech(run, code, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)]

@@ -98,10 +98,10 @@ def test_one_speaker_id_in_two_corpora_is_two_voices_and_keeps_its_number_when_i
 
 
 def test_the_card_says_the_licence_of_each_and_one_that_is_not_for_commercial_use_marks_all(project):
-    assert describe_licence("da", take("nst, lent:3")) == {
+    assert describe_licence(["da"], take("nst, lent:3")) == {
         "licence": "of the data: CC0 (nst), CC BY-NC 4.0 (lent)", "commercial use": "none: the licence of the data forbids it"}
     (project / "my").mkdir()
-    assert describe_licence("da", "data/corpora/nst:1, my") == {"licence": "of the data: CC0 (nst), not stated (my)"}
+    assert describe_licence(["da"], "data/corpora/nst:1, my") == {"licence": "of the data: CC0 (nst), not stated (my)"}
 
 
 def test_hours_and_every_corpus_are_in_the_hash_of_a_run_and_a_single_corpus_keeps_its_own(project):
