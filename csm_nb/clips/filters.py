@@ -30,14 +30,14 @@ def choose_clips(rows, settings: dict, load_asr, keep=None) -> tuple[list, list]
     is asked for. Raises CorpusError where nothing is left.
     """
     want = {name: settings.get(name, 0) for name in ("pseudo_labels", "max_cer", "min_dnsmos", "margin", "loudness")}
-    load_asr, unlabelled = lru_cache(1)(load_asr), []  # one in memory
+    load, unlabelled = lru_cache(1)(lambda code: load_asr(code)), []  # one in memory
     if want["pseudo_labels"]:
-        rows, unlabelled = _each_language(rows, lambda some, code: label_clips(some, load_asr(code), want["pseudo_labels"], keep))
+        rows, unlabelled = _each_language(rows, lambda some, code: label_clips(some, load(code), want["pseudo_labels"], keep))
     rows = read_rows(rows) if settings.get("read_out") else rows
     good, set_aside = check_clips(rows, keep_repeats=settings.get("keep_repeats", True), margin=want["margin"])
     set_aside = unlabelled + set_aside
     if want["max_cer"]:
-        good, other = _each_language(good, lambda some, code: compare_texts(some, load_asr(code), code, want["max_cer"], keep))
+        good, other = _each_language(good, lambda some, code: compare_texts(some, load(code), code, want["max_cer"], keep))
         set_aside += other
     if want["min_dnsmos"]:
         good, other = rate_clips(good, want["min_dnsmos"])
