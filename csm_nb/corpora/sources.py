@@ -153,6 +153,32 @@ def list_rows(source, language: str, left_out: Counter | None = None) -> list[di
     return chosen
 
 
+def list_taught(names, languages) -> list[dict]:
+    """Return the rows (list_rows) of the first of `languages` in all corpora `names`, where they can teach all languages.
+
+    Raises CorpusError for a corpus that has nothing of any of them, for a language that none has anything of, and where one
+    does not say which of its clips are of which language.
+    """
+    rows = {code: [] for code in languages}
+    for name in names:
+        none = []
+        for code in languages:
+            try:
+                rows[code] += list_rows(name, code)
+            except LanguageError as error:
+                none.append(error)
+        if len(none) == len(languages):
+            raise none[0]
+    if missing := [code for code, found in rows.items() if not found]:
+        raise CorpusError(f"nothing of language {missing[0]!r} in it, which is to be taught beside the others")
+    clips = {code: {tuple(str(row.get(field)) for field in ("audio_path", "start", "parquet_row", "codes_row")) for row in found}
+             for code, found in rows.items() if languages[1:]}
+    if any(clips[languages[0]] & clips[code] for code in languages[1:]):
+        raise CorpusError(f"it does not say which of its clips are {' and which '.join(languages)}; allowed for several are a "
+                          "manifest.jsonl, which says the language of each, and folders of Common Voice")
+    return rows[languages[0]]
+
+
 def _read_source(source, code, left_out):
     if not source.is_dir():
         if source.suffix.lower() in TABLES and source.is_file():

@@ -101,3 +101,12 @@ def test_a_stage_goes_on_from_the_run_that_was_taught_the_same_languages_with_th
     assert find_inputs(params | {"tag": "none", "also": []})["init_adapter"]["path"].endswith("old/adapter")
     with pytest.raises(ParameterError, match=r"no complete run with method=lora, tag=token, also=\['pl'\] on models/csm-mini"):
         find_inputs(params | {"also": ["pl"]})
+
+
+def test_a_folder_that_was_trained_with_another_tag_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write_json(tmp_path / "base.json", {"tags": {"no": "<lang:no>"}})
+    given = {"init_adapter": str(tmp_path), "runs_dir": str(tmp_path / "runs")}
+    with pytest.raises(ParameterError, match="init_adapter is .* was trained with tag=text, and tag is 'none'"):
+        plan_tasks(["no"], ["03_adapter"], "test", given)
+    assert plan_tasks(["no"], ["03_adapter"], "test", given | {"tag": "text"})
