@@ -103,7 +103,8 @@ def count_clips(rows, set_aside) -> dict[str, int]:
 def describe_texts(rows, language: str) -> dict[str, str]:
     """Return what the card of a corpus says of the texts of clips: distinct characters, those beyond the alphabet, and pace."""
     found = Counter("".join(row["text"] for row in rows))
-    alphabet = spell_alphabet(language) if language in LANGUAGES else ""
+    alphabet = {letter for code in {language, *(row["language"] for row in rows)} & LANGUAGES.keys()
+                for letter in spell_alphabet(code)}
     beyond = {sign: count for sign, count in found.most_common() if sign.isalpha() and sign not in alphabet}
     pace = np.percentile([len(row["text"]) / row["duration"] for row in rows], [5, 50, 95])
     others = " ".join(f"{sign} ({count})" for sign, count in list(beyond.items())[:12]) + " ..." * (len(beyond) > 12)
@@ -121,16 +122,21 @@ def describe_sound(rows, most: int = 200) -> dict[str, str]:
         "band-limited", ""))))
     bands = ", ".join(f"{count / len(rows):.0%} at {limit} kHz" for limit, count in sorted(narrow.items()))
     of = f", of {len(drawn)} clips" * (len(drawn) < len(rows))
-    return {"loudness, LUFS": f"{middle:.1f} ({low:.1f} to {high:.1f}{of})", "band-limited": bands or "none"}
+    loudness = f"{middle:.1f} ({low:.1f} to {high:.1f}{of})" if drawn else "not known of codes alone"
+    return {"loudness, LUFS": loudness, "band-limited": bands or "none"}
 
 
 def describe_provenance(rows, set_aside, settings: dict) -> dict:
-    """Return what an adapter's card says of its clips: hours, how many were set aside for what, labelled, and what was done."""
+    """Return what an adapter's card says of its clips: hours, how many were set aside for what, labelled, and what was done.
+
+    Codes alone have no sound that anything could be done to, and that is said.
+    """
+    deaf = sum("codes_row" in row for row in rows)
     kinds = Counter(row["kind"] for row in set_aside)
     pseudo = sum("pseudo" in row for row in rows)
     named = {"margin": " s", "loudness": " LUFS", "max_cer": "", "min_dnsmos": ""}
-    done = [f"{name} {settings[name]:g}{unit}" for name, unit in named.items() if settings.get(name)]
-    done += ["read_out"] * bool(settings.get("read_out"))
+    done = [f"{name} {settings[name]:g}{unit}" for name, unit in named.items() if settings.get(name) and deaf < len(rows)]
+    done += [f"not of {deaf} clips that are codes alone"] * bool(done and deaf) + ["read_out"] * bool(settings.get("read_out"))
     return {"hours": f"{sum(row['duration'] for row in rows) / 3600:.2f}",
             "set aside": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"} | (
         {"pseudo-labelled": f"{pseudo / len(rows):.1%} of the clips"} if pseudo else {}) | (

@@ -1,6 +1,7 @@
 """Which clips are trained on, and as what: checked, and by choice labelled, compared with what is heard, rated, levelled."""
 
 import importlib
+from functools import lru_cache
 
 import numpy as np
 import soundfile
@@ -20,22 +21,23 @@ LONGEST = 30.0  # s that a text is heard for: what check.check_clips allows, and
 DNSMOS_RATE = 16_000  # Hz
 
 
-def choose_clips(rows, language: str, settings: dict, load_asr, keep=None) -> tuple[list, list]:
+def choose_clips(rows, settings: dict, load_asr, keep=None) -> tuple[list, list]:
     """Return (good, set_aside) of rows, cleaned as the parameters of a stage say (03_adapter); without any, only checked.
 
     In this order: clips without a text are labelled (`pseudo_labels`), texts read out (`read_out`), all is checked
     (check.check_clips, with `margin` and `keep_repeats`), compared with what is heard (`max_cer`), rated (`min_dnsmos`), cut and
-    levelled (`margin`, `loudness`). `load_asr` returns the recogniser, and is called only where one is asked for. Raises
-    CorpusError where nothing is left.
+    levelled (`margin`, `loudness`). `load_asr(language)` returns the recogniser of a row's language, and is called only where one
+    is asked for. Raises CorpusError where nothing is left.
     """
     want = {name: settings.get(name, 0) for name in ("pseudo_labels", "max_cer", "min_dnsmos", "margin", "loudness")}
-    asr = load_asr() if want["pseudo_labels"] or want["max_cer"] else None
-    rows, unlabelled = label_clips(rows, asr, want["pseudo_labels"], keep) if want["pseudo_labels"] else (rows, [])
+    load, unlabelled = lru_cache(1)(lambda code: load_asr(code)), []  # one in memory
+    if want["pseudo_labels"]:
+        rows, unlabelled = _each_language(rows, lambda some, code: label_clips(some, load(code), want["pseudo_labels"], keep))
     rows = read_rows(rows) if settings.get("read_out") else rows
     good, set_aside = check_clips(rows, keep_repeats=settings.get("keep_repeats", True), margin=want["margin"])
     set_aside = unlabelled + set_aside
     if want["max_cer"]:
-        good, other = compare_texts(good, asr, language, want["max_cer"], keep)
+        good, other = _each_language(good, lambda some, code: compare_texts(some, load(code), code, want["max_cer"], keep))
         set_aside += other
     if want["min_dnsmos"]:
         good, other = rate_clips(good, want["min_dnsmos"])
@@ -43,6 +45,13 @@ def choose_clips(rows, language: str, settings: dict, load_asr, keep=None) -> tu
     if not good:
         raise CorpusError(f"of {len(set_aside)} clips none is left: {set_aside[-1]['reason']} (and so on); ask for less")
     return level_clips(good, want["loudness"]), set_aside
+
+
+def _each_language(rows, part):
+    """Return (good, set_aside) of `part(rows, language)` of each language's rows, one language after the other."""
+    parted = [part([row for row in rows if row["language"] == code], code)
+              for code in dict.fromkeys(row["language"] for row in rows)]
+    return tuple([row for one in parted for row in one[side]] for side in (0, 1))
 
 
 def label_clips(rows, asr, least: float, keep=None) -> tuple[list, list]:

@@ -4,14 +4,16 @@ import math
 import operator
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi
 
 from csm_nb import paths
 from csm_nb.clean import read_text
 from csm_nb.hub import HUB_ERRORS, is_hub_id
+from csm_nb.languages import LANGUAGES
 from csm_nb.paths import resolve_path
 from csm_nb.provenance import hash_value, read_json
 from csm_nb.recipe import ParameterError, suggest
@@ -123,10 +125,10 @@ def find_listed(language: str, corpus) -> dict:
 def split_corpora(corpus) -> list[tuple[str, float | None]]:
     """Return (corpus, hours to draw or None for all) of each in a list: "nst:20, npsc" has two; a path that is there is one."""
     parts = [(str(corpus), None)] if resolve_path(corpus).exists() else []
-    for part in str(corpus).split(",") if not parts else ():
+    for part in filter(str.strip, str(corpus).split(",")) if not parts else ():  # a comma at the end begins none
         name, colon, hours = part.strip().rpartition(":")
         parts.append((name.strip(), float(hours)) if colon and _is_number(hours) else (part.strip(), None))
-    return parts
+    return parts or [(str(corpus), None)]
 
 
 def find_remote(language: str, corpus) -> dict:
@@ -164,15 +166,17 @@ def take_corpus(found: str, corpus: str, language: str, train: bool = True) -> s
     With `train` also a name or an id that the hub has, as it is: cut.stream_clips reads it. Raises ParameterError, which `found`
     begins, for a name whose folder is not there, saying what to fetch and where to put it; and with `train` for a corpus whose
     licence forbids synthesis, or that is listed for something else than training. One that forbids it is refused by its
-    folder's name as well, wherever it lies.
+    folder's name as well, wherever it lies, and for every language.
     """
     parts = split_corpora(corpus) if train else [(corpus, None)]
     if len(parts) == 1 and parts[0][1] is None:
         return _take_one(found, corpus, language, train)
     taken = [_take_one(found, name, language, train) for name, _ in parts]
+    places = list(map(resolve_path, taken))
     for place, (name, hours) in zip(taken, parts, strict=True):
-        if taken.count(place) > 1 or hours is not None and hours <= 0:
-            fault = "is named twice" if taken.count(place) > 1 else f"has {hours:g} h"
+        twice = places.count(resolve_path(place)) > 1
+        if twice or hours is not None and hours <= 0:
+            fault = "is named twice" if twice else f"has {hours:g} h"
             raise ParameterError(f"{found}: {name!r} {fault}; allowed are names and paths with commas between, each once, "
                                  "perhaps with hours: nst:20, npsc:5.5")
         if not find_remote(language, place) and not resolve_path(place).exists():
@@ -194,9 +198,11 @@ def _take_one(found, corpus, language, train):
         raise ParameterError(f"{found}, and there is no {PLACE}/{corpus}; {describe_fetch(corpus, listed[corpus])}"
                              f"{f' To stream it, the hub was asked: {fault}' if fault else ''}")
     folder = path.parent if path.suffix == ".jsonl" else path
-    for name, entry in listed.items():
+    forbidden = {name: entry for code in LANGUAGES for name, entry in list_corpora(code).items() if entry.get("forbids")}
+    for name, entry in (forbidden | listed).items():  # what Danish lists is no more allowed to teach Norwegian
         named = {name.lower(), Path(entry.get("id", name)).name.lower()}
-        if entry.get("forbids") and folder.name.lower() in named or entry == find_listed(language, path):
+        own = {folder.name.lower(), folder.parent.name.lower()} & named  # or a configuration's folder in it
+        if entry.get("forbids") and own or entry == find_listed(language, path):
             _check_use(found, name, entry, train)
     if train and (entry := find_remote(language, corpus)):
         if "use" in entry:
@@ -248,24 +254,34 @@ def _say_source(entry):
     return " or ".join(entry[field] for field in ("id", "home") if field in entry)
 
 
-def describe_licence(language: str, corpus: str, said: str = "") -> dict[str, str]:
+def describe_licence(languages, corpus: str, said: str = "", rows=()) -> dict[str, str]:
     """Return what a card says of the licence of `corpus`: `said` if it is not empty, else that of its entry, or of all in a list.
 
-    Data that is not for commercial use marks the card, whoever said the licence, and however many others are not so.
+    Each of `languages` may have an entry of its own by a name. Of one without an entry it is what its `rows` say in their field
+    `licence`, or else the card in its folder. Data that is not for commercial use marks the card, whoever said the licence, and
+    however many others are not so.
     """
-    names = [name for name, _ in split_corpora(corpus)]
-    entries = {name: find_remote(language, name) or find_listed(language, name) for name in names}
-    licences = {name: entry.get("licence") or _read_licence(entry) for name, entry in entries.items()}
-    each = ", ".join(f"{licence} ({Path(name).name})" for name, licence in licences.items())
-    licence = said or (each if len(set(licences.values())) > 1 else licences[names[0]])
-    marked = any(entry.get("noncommercial") for entry in entries.values())
+    found = [(name, find_remote(code, name) or find_listed(code, name))
+             for name, _ in split_corpora(corpus) for code in languages]
+    licences = {}
+    for name, entry in found:
+        own = [row for row in rows if row.get("of_corpus", name) in (name, entry.get("id"))]
+        licences[name, entry.get("id")] = entry.get("licence") or _read_licence(name, entry, own)
+    each = ", ".join(f"{licence} ({Path(name).name})" for (name, _), licence in licences.items())
+    licence = said or (each if len(set(licences.values())) > 1 else next(iter(licences.values())))
+    marked = any(entry.get("noncommercial") for _, entry in found)
     marked |= any("-nc" in one.lower().replace(" ", "-").replace("_", "-") for one in (licence, *licences.values()))
     mark = {"commercial use": "none: the licence of the data forbids it"} if marked else {}
     return {"licence": f"of the data: {licence}"} | mark
 
 
-def _read_licence(entry):
-    """Return the licence that the hub's card of a streamed data set says."""
+def _read_licence(name, entry, rows):
+    """Return the licence that the hub's card of a streamed data set says, else the rows of a corpus, else the card beside it."""
     streams = paths.ROOT / "data" / "streams"
     kept = (read_json(file) for file in sorted(streams.glob(f"{Path(entry['id']).name}-*/stream.json"))) if "id" in entry else ()
-    return next((about["licence"] for about in kept if about["id"] == entry["id"]), "not stated")
+    each = ", ".join(sorted({str(row["licence"]) for row in rows if row.get("licence")}))
+    card = resolve_path(name) / "README.md"
+    if not each and card.is_file():
+        with suppress(ValueError, yaml.YAMLError):  # no card, or half of one
+            each = DatasetCard(read_text(card)).data.license
+    return next((about["licence"] for about in kept if about["id"] == entry["id"]), str(each or "not stated"))

@@ -10,13 +10,19 @@ import soundfile
 
 from csm_nb.clean import EncodingError, clean_text, compose, read_text
 from csm_nb.corpora.cut import cut_clips, measure_seconds, show_left_out, stream_clips
-from csm_nb.corpora.layouts import find_layout, read_common_voice, read_parquet
+from csm_nb.corpora.layouts import COMMON_VOICE, find_layout, read_common_voice, read_parquet
 from csm_nb.corpora.listed import find_listed, find_remote, split_corpora
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.manifest import SUFFIXES, CorpusError, read_manifest
 from csm_nb.paths import resolve_path
 
+TABLES = (".tsv", ".csv", ".scp", ".parquet")  # of a published corpus, whose folder is to be given
+TELLING = (*COMMON_VOICE, "metadata.csv", "wav.scp")  # files by which a folder is known for such a corpus
 FIRST_CLIPS = 64  # that are drawn to tell how long the clips of a corpus are
+
+
+class LanguageError(CorpusError):
+    """A corpus that holds nothing of a language; names what it holds."""
 
 
 def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) -> list[dict]:
@@ -24,7 +30,8 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
 
     Only what is drawn is cut from longer recordings, written out of Parquet, or fetched from the hub (corpora.cut). Of a list
     of corpora with hours (listed.split_corpora) as much is drawn of each, in an order by `seed`, by the lengths in the files'
-    headers; `limit` is of all together, parted by hours, or evenly where some have none. Rows of a list or of the hub say in
+    headers; `limit` is of all together, parted by hours, or evenly where some have none. One that has nothing of the language
+    is passed over where another has, as where each is of one of several languages. Rows of a list or of the hub say in
     `of_corpus` where they are from. What is not there is said.
     """
     parts, code = split_corpora(source), get_language(language).code
@@ -39,11 +46,21 @@ def load_corpus(source, language: str, limit: int | None = None, seed: int = 0) 
 
 
 def _load_parts(parts, language, limit, seed):
+    opened, rows, none = {}, [], []
+    for name, _ in parts:
+        try:
+            opened[name] = _open_part(name, language, seed)
+        except LanguageError as error:
+            none.append(error)
+    if not opened:
+        raise none[0]
+    for error in none:
+        print(error)
+    parts = [part for part in parts if part[0] in opened]
     weights = [hours or 0 for _, hours in parts] if all(hours for _, hours in parts) else [1] * len(parts)
-    rows = []
     for at, (name, hours) in enumerate(parts):
         left = None if limit is None else round((limit - len(rows)) * weights[at] / sum(weights[at:]))
-        drawn = _draw_hours(_open_part(name, language, seed), hours, left)
+        drawn = _draw_hours(opened[name], hours, left)
         rows += [{"of_corpus": name} | row for row in drawn]
     return rows
 
@@ -91,9 +108,9 @@ def describe_data(source, rows) -> str:
     hours = Counter()
     for row in rows:
         hours[row["of_corpus"]] += row["duration"] / 3600
-    said = []
+    said, codes = [], {row["language"] for row in rows}
     for name, wanted in parts:
-        drawn = next((hours[of] for of in (name, find_remote(rows[0]["language"], name).get("id")) if of in hours), 0.0)
+        drawn = sum(hours[of] for of in {name} | {find_remote(code, name).get("id") for code in codes})
         said.append(f"{'/'.join(Path(name).parts[-2:])} ({drawn:.2f} h)")  # no card tells where its maker keeps things
         if wanted and drawn < wanted:
             print(f"{name}: {drawn:.2f} h of the {wanted:g} h that are asked for: all there is, or what corpus_clips allows")
@@ -132,17 +149,51 @@ def list_rows(source, language: str, left_out: Counter | None = None) -> list[di
                   "-skip_initial_bytes N before -i for a header" * (".pcm" in kinds)
             allowed = f"among {among}; clips are {' '.join(SUFFIXES)} (others: ffmpeg -i clip.m4a clip.wav{raw})"
         filtered = "".join(f"; the filter {one} leaves out {count} rows" for one, count in left_out.items())
-        raise CorpusError(f"{source}: nothing of language {code!r}; found: {found}{filtered}; {allowed}")
+        raise LanguageError(f"{source}: nothing of language {code!r}; found: {found}{filtered}; {allowed}")
     return chosen
+
+
+def list_taught(names, languages) -> list[dict]:
+    """Return the rows (list_rows) of the first of `languages` in all corpora `names`, where they can teach all languages.
+
+    Raises CorpusError for a corpus that has nothing of any of them, for a language that none has anything of, and where one
+    does not say which of its clips are of which language.
+    """
+    rows = {code: [] for code in languages}
+    for name in names:
+        none = []
+        for code in languages:
+            try:
+                rows[code] += list_rows(name, code)
+            except LanguageError as error:
+                none.append(error)
+        if len(none) == len(languages):
+            raise none[0]
+    if missing := [code for code, found in rows.items() if not found]:
+        raise CorpusError(f"nothing of language {missing[0]!r} in it, which is to be taught beside the others")
+    clips = {code: {tuple(str(row.get(field)) for field in ("audio_path", "start", "parquet_row", "codes_row")) for row in found}
+             for code, found in rows.items() if languages[1:]}
+    if any(clips[languages[0]] & clips[code] for code in languages[1:]):
+        raise CorpusError(f"it does not say which of its clips are {' and which '.join(languages)}; allowed for several are a "
+                          "manifest.jsonl, which says the language of each, and folders of Common Voice")
+    return rows[languages[0]]
 
 
 def _read_source(source, code, left_out):
     if not source.is_dir():
+        if source.suffix.lower() in TABLES and source.is_file():
+            raise CorpusError(f"{source.name} is part of a corpus and no manifest; give the folder that holds all of it: "
+                              f"{source.parent}")
         return read_manifest(source)
     entry = find_listed(code, source)
     if entry.get("config") and (source / entry["config"]).is_dir():  # of several languages in one download
         source /= entry["config"]
     read = find_layout(source)
+    below = sorted(folder.name for folder in source.glob("*/") if not read and any(
+        (folder / name).is_file() for name in TELLING) and find_layout(folder))
+    if below:
+        raise CorpusError(f"{source} holds corpora and is none itself; give one of them, such as {source / below[0]} (there are "
+                          f"{', '.join(below)}), or several with commas between")
     try:
         if read in (read_common_voice, read_parquet):  # tables with columns of their own
             return read(source, code, entry, left_out)

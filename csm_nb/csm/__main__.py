@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from csm_nb.cards import read_table
 from csm_nb.csm.adapters import AdapterError, load_adapter
 from csm_nb.csm.load import DTYPES, BaseModelError, load_base
 from csm_nb.csm.record import get_record, read_record, set_record
@@ -15,11 +16,14 @@ from csm_nb.csm.save import save_full
 from csm_nb.hub import ModelError
 from csm_nb.paths import resolve_path, show_path
 
+KEPT = ("data", "licence", "commercial use", "hours", "languages")  # of the adapter's card: true of what it is merged into
+
 
 def merge(adapter, out, base: str = "", dtype: str = "float32", device: str = "cpu") -> Path:
     """Write the base with the adapter in its weights to `out`, with speakers, tags and card, and return the folder.
 
-    It is computed in float32 and written in `dtype`; without `base`, the one that the adapter names is taken. Raises
+    It is computed in float32 and written in `dtype`; without `base`, the one that the adapter names is taken. The card says the
+    data and the licence that the adapter's says. Raises
     AdapterError for an adapter that does not fit, ModelError for a base that is not here.
     """
     adapter, out = resolve_path(adapter), resolve_path(out)
@@ -31,6 +35,7 @@ def merge(adapter, out, base: str = "", dtype: str = "float32", device: str = "c
     merged.loaded_from = None  # another model than the one in that folder
     set_record(merged, **record)
     card = {"what": f"{show_path(base)} with the adapter {adapter.name} merged into its weights", "language": language}
+    card |= {what: said for what, said in read_table(adapter).items() if what in KEPT}
     return save_full(merged, processor, out, card, base, DTYPES[dtype])
 
 

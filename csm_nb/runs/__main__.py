@@ -85,7 +85,8 @@ def read_overrides(words) -> dict:
         if key in overrides:
             raise ParameterError(f"--set: {key} is given twice")
         try:
-            overrides[key] = yaml.load(value, StrictLoader) if value else ""
+            read = yaml.load(value, StrictLoader) if value else ""
+            overrides[key] = value if isinstance(read, dict) and value[0] != "{" else read  # a path with a colon in it
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
             raise ParameterError(f"--set {key}={value}: not readable as YAML ({reason}); a list is [1, 8], a text with "

@@ -91,7 +91,9 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
         if (language, source) in tasks:
             task.needs.append(tasks[language, source])
         elif source:
-            folders.find_inputs(task.params)
+            found = folders.find_inputs(task.params)["init_adapter"]["path"]
+            if source not in STAGES:  # a run of a stage is found by its tag
+                _check_tag(task.params, resolve_path(found))
         if stage == "04_confusion":
             task.needs += [tasks[key] for key in [(language, "03_adapter")] if key in tasks]
             task.after = [other for other in tasks.values() if other.stage == "03_adapter"]
@@ -107,6 +109,16 @@ def _check_used(overrides, stages):
                                  f"stages ({', '.join(stages)}) has it; leave it out, or choose a stage that does")
 
 
+def _check_tag(params, folder):
+    """Refuse an adapter that was trained with other tags than this stage is to train with."""
+    from csm_nb.csm import tags  # peft takes seconds
+
+    try:
+        tags.check_before(tags.read_tags(folder), tags.make_tags(params["tag"], [params["language"], *params["also"]]))
+    except tags.TagError as error:
+        raise ParameterError(f"init_adapter is {params['init_adapter']!r}: {error}") from error
+
+
 def _check_files(params, origins):
     """Refuse recordings without a clip of the language, marks and lexica that can not be read, before anything starts.
 
@@ -120,10 +132,7 @@ def _check_files(params, origins):
         if any(listed.find_remote(params["language"], name) for name in names if key == "corpus"):
             continue  # what the hub has is seen when it is fetched
         try:
-            rows = [row for name in names for row in _read_file(key, resolve_path(name), params["language"])]
-            for code in params.get("also", []) if key == "corpus" else ():  # has to hold some of each
-                for name in names:
-                    _read_file(key, resolve_path(name), code)
+            rows = _read_file(key, names, [params["language"], *(params.get("also", []) if key == "corpus" else [])])
         except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
         if key in FILES:
@@ -149,13 +158,14 @@ def _check_draw(found, params):
         raise ParameterError(f"{found}, corpus_clips is {params['corpus_clips']}: {error}") from error
 
 
-def _read_file(key, path, language):
+def _read_file(key, names, codes):
     from csm_nb.corpora import sources
     from csm_nb.phonemes import ipa
     from csm_nb.prosody import marks
 
     if key in RECORDINGS:
-        return sources.list_rows(path, language)
+        return sources.list_taught(names, codes)
+    path = resolve_path(names[0])
     return marks.read_marks(path) if key == "marks" else ipa.read_lexicon(path)
 
 

@@ -229,6 +229,7 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             if key in RECORDINGS:
                 names = ", ".join(list_corpora(effective["language"])) or "none"
                 allowed = f"a manifest.jsonl, a folder of audio or of a published corpus, the name of a listed one ({names})"
+                allowed += ", owner/name of the hub" * (key == "corpus")
             raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
                                  "at the project's root)")
     return effective

@@ -13,9 +13,10 @@ from csm_nb.audio import SAMPLE_RATE, AudioError, write_audio
 from csm_nb.clean import EncodingError, read_text
 from csm_nb.csm.adapters import AdapterError, load_adapter
 from csm_nb.csm.load import BaseModelError, load_base
+from csm_nb.csm.record import read_record
 from csm_nb.csm.speakers import SpeakerError
 from csm_nb.csm.tags import TagError
-from csm_nb.hub import ModelError
+from csm_nb.hub import ModelError, find_model
 from csm_nb.languages import get_language
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.recipe import TRAINED
@@ -46,12 +47,18 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 def load_speaker(base: str, adapters, language: str, device: str):
     """Return (model, processor, name) of what speaks `language`: its adapter, its fully trained model, or the base for English.
 
-    Raises AdapterError where there is none, with the command that makes it.
+    One of several languages (lora_no+sv) speaks each where none is of that language alone; a base that was taught the language
+    itself, as a merged one, needs none. Raises AdapterError where there is none, with the command that makes it.
     """
-    folders = [resolve_path(adapters) / f"{name}_{language}" for name in ("lora", "full")]
-    folder = next((path for path, kept in zip(folders, TRAINED.values(), strict=True) if (path / kept).is_file()), None)
-    if folder is None and language != HOME:
-        there = ", ".join(sorted(path.name for path in resolve_path(adapters).glob("[lf][ou][rl][al]_*"))) or "none"
+    home = resolve_path(adapters)
+    shared = [path for path in sorted(home.glob("*_*+*")) if language in path.name.partition("_")[2].split("+")]
+    folders = [home / f"{name}_{language}" for name in TRAINED] + shared
+    folder = next((path for path in folders if (path / TRAINED.get(path.name.partition("_")[0], "")).is_file()), None)
+    taught = read_record(find_model(base))
+    if language == taught.get("language") or language in taught.get("tags", {}):
+        folder = None
+    elif folder is None and language != HOME:
+        there = ", ".join(sorted(path.name for path in home.glob("[lf][ou][rl][al]_*"))) or "none"
         raise AdapterError(f"there is no {show_path(folders[0])}; there: {there}. `make run LANGS={language}` makes it")
     if folder is not None and folder.name.startswith("full"):
         return *load_base(str(folder), device), folder.name

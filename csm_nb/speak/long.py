@@ -9,7 +9,7 @@ from csm_nb.audio import SAMPLE_RATE
 from csm_nb.csm.load import inner_model
 from csm_nb.csm.speakers import get_speakers, pick_voice
 from csm_nb.speak.attempts import speak_again
-from csm_nb.speak.generate import Speech, cap_seconds, speak
+from csm_nb.speak.generate import Speech, cap_seconds, read_texts, speak
 from csm_nb.text.breaks import split_sentences
 
 PAUSE = 0.35  # s between two sentences, counted from sound to sound
@@ -28,27 +28,36 @@ class Reading:
 
 def read_aloud(model, processor, text: str, language: str, speaker: str = "", seed: int = 0, on_sentence=None, asr=None,
                attempts: int = 1, **how) -> Reading:
-    """Return `text` read sentence by sentence (text.breaks.split_sentences): no word of it is left out.
+    """Return `text` read sentence by sentence (text.breaks.split_sentences) in `language`: no word of it is left out.
 
     Each sentence goes on from the one before (its text and codes are the context), where both have room in the model's
     context. `on_sentence(number, count)` is called after each. With a recogniser `asr`, each is the best of up to `attempts`
     (attempts.speak_again). `how` is that of speak. Raises SpeechError where nothing in the text can be said; a part with
     neither letter nor digit (a line of dashes) has nothing to say and is passed over.
     """
-    parts = split_sentences(text, language)
+    parts = [piece for part in split_sentences(text, language) for piece in _fit(model, part, language)]
     voice, said, before = pick_voice(get_speakers(model), speaker), [], []
     spoken = [part for part in parts if any(map(str.isalnum, part))] or [text]
     for number, part in enumerate(spoken, 1):
-        given = how | {"speaker_ids": voice, "seed": seed, "context": before if _has_room(model, part, before) else ()}
+        read, = read_texts(model, [part], language)
+        given = how | {"speaker_ids": voice, "seed": seed, "context": before if _has_room(model, read, before) else ()}
         if asr is None:
-            one, = speak(model, processor, [part], **given)
+            one, = speak(model, processor, [part], language=language, **given)
         else:
             one, = speak_again(model, processor, [part], language, asr, attempts, **given)[0]
         said.append(one)
-        before = [(part, one.codes, voice)] if one.ended else []  # a runaway is nothing to go on from
+        before = [(read, one.codes, voice)] if one.ended else []  # a runaway is nothing to go on from
         if on_sentence:
             on_sentence(number, len(spoken))
     return join_speech(said)
+
+
+def _fit(model, part, language):
+    """Return a sentence whole where the model has room for it as it is read out, else in pieces: 40 digits take over a minute."""
+    if len(part) < 2 or _has_room(model, *read_texts(model, [part], language), []):
+        return [part]
+    halves = split_sentences(part, language, len(part) // 2)
+    return [piece for half in halves for piece in _fit(model, half, language)]
 
 
 def _has_room(model, text, before):

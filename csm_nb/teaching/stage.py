@@ -145,13 +145,13 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     if run.corpus:
         rows = [row for code in run.languages for row in sources.load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
         card = {"data": sources.describe_data(run.corpus, rows)}
-        card |= listed.describe_licence(run.language, run.corpus, run.corpus_licence)
+        card |= listed.describe_licence(run.languages, run.corpus, run.corpus_licence, rows)
     else:
         rows = [row for code in run.languages
                 for row in make_speech(run, code, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)]
         card = {"data": "espeak-ng voices that no stage before has used, standing in for a real corpus (synthetic)",
                 "licence": f"of the data: {run.corpus_licence or 'synthetic speech'}"}
-    print(f"the corpus: {card['data']}")
+    print(f"the corpus: {card['data']}; licence {card['licence']}")
     return rows, card
 
 
@@ -166,7 +166,7 @@ def check_clips(rows, processor, run: Run | None = None) -> Clips:
     settings, language = run.params if run else {}, run.language if run else next((row["language"] for row in rows), "")
     if settings.get("max_cer") or settings.get("pseudo_labels"):
         print(f"{run.asr_model} listens to the clips; of a corpus that it was trained on it knows the texts, and lets more pass")
-    clips = Clips(*filters.choose_clips(rows, language, settings, lambda: judges.load_asr(run.asr_model, run.device, language),
+    clips = Clips(*filters.choose_clips(rows, settings, lambda code: judges.load_asr(run.asr_model, run.device, code),
                                         Keep(run.data) if run else None))
     clips = replace(clips, card=check.describe_provenance(clips.good, clips.set_aside, settings))
     seconds = np.array([row["duration"] for row in clips.good])
@@ -230,7 +230,9 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
         write_json(run.dir / "set_aside.json", clips.set_aside)
     before, said = folders.find_adapter(run.params.get("init_adapter", ""), run), _make_tags(run)
     if run.languages[1:] or tags.name_kind(said) != "none":
-        clips = replace(clips, good=several.balance_hours(clips.good, run.languages, run.seed))
+        good = several.balance_hours(clips.good, run.languages, run.seed)
+        hours = f"{sum(row['duration'] for row in good) / 3600:.2f}"
+        clips = replace(clips, good=good, card=clips.card | {"hours": hours})
     good, voices = speakers.number_speakers(clips.good, corpus, before)
     codec = load_codec(run.base_model, run.device)
     made = tokens.write_tokens(good, codec, run.data, read_recipe(run.params).workers)
@@ -242,7 +244,7 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     voices = speakers.count_speakers(voices, train_rows)
     voice = speakers.pick_voice(voices)
     print(f"speaks as {voice}")
-    display(pd.DataFrame(voices))
+    display(pd.DataFrame(voices).drop(columns=["content", "speaker"]))  # who they are is in base.json: pages are passed on
     return Encoded(replace(clips, good=good), train_rows, valid_rows, Path(made["path"]), voices, voice, before)
 
 

@@ -41,13 +41,13 @@ def rows(tmp_path_factory):
              "speaker_id": str(number % 2), "language": "da"} for number, text in enumerate(TEXTS)]
 
 
-def refuse():
+def refuse(language):
     raise AssertionError("a recogniser was loaded that nobody asked for")
 
 
 def test_without_parameters_clips_are_checked_and_nothing_else(rows):
-    assert choose_clips(rows, "da", {}, refuse) == check.check_clips(rows)
-    assert choose_clips(rows, "da", {"max_cer": 0.0, "min_dnsmos": 0.0, "keep_repeats": True}, refuse) == check.check_clips(rows)
+    assert choose_clips(rows, {}, refuse) == check.check_clips(rows)
+    assert choose_clips(rows, {"max_cer": 0.0, "min_dnsmos": 0.0, "keep_repeats": True}, refuse) == check.check_clips(rows)
 
 
 def test_other_words_than_the_text_are_set_aside_with_what_was_heard(rows, asr):
@@ -72,7 +72,7 @@ def test_a_clip_without_a_text_gets_what_was_heard_where_the_recogniser_is_sure(
 def test_labelled_clips_are_counted_and_not_compared_with_themselves(rows, asr):
     settings = {"pseudo_labels": 0.5, "max_cer": 0.6, "read_out": True, "keep_repeats": False}
     bare = [rows[0] | {"text": ""}, *rows[1:], rows[0] | {"text": "Ca. 500 kr. koster det slet ikke."}]
-    good, bad = choose_clips(bare, "da", settings, lambda: asr)
+    good, bad = choose_clips(bare, settings, lambda code: asr)
     assert "pseudo" in good[0] and "cer" not in good[0] and [row["kind"] for row in bad] == ["same audio"]
     assert bad[0]["text"].startswith("Cirka fem hundrede kroner") and bad[0]["written"].startswith("Ca. 500 kr.")
     assert check.count_clips(good, bad) == {"set_aside_same_audio": 1, "pseudo_labelled": 1}
@@ -82,9 +82,28 @@ def test_labelled_clips_are_counted_and_not_compared_with_themselves(rows, asr):
     assert set(check.describe_provenance(good, [], {})) == {"hours", "set aside", "pseudo-labelled"}
 
 
+def test_what_could_not_be_done_to_codes_alone_is_not_said_to_be_done():
+    row, settings = {"duration": 2.0, "remarks": {}}, {"margin": 0.2, "max_cer": 0.5, "read_out": True}
+    codes = row | {"codes_row": 0}
+    assert check.describe_provenance([codes], [], settings)["processing"] == "read_out"
+    assert check.describe_provenance([codes, row], [], settings)["processing"] == (
+        "margin 0.2 s, max_cer 0.5, not of 1 clips that are codes alone, read_out")
+    assert check.describe_sound([codes])["loudness, LUFS"] == "not known of codes alone"
+
+
 def test_where_nothing_is_left_it_says_what_was_asked_for(rows, asr):
     with pytest.raises(CorpusError, match="of 6 clips none is left: heard as .* at most 0% is allowed .* ask for less"):
-        choose_clips([row | {"text": "Noget helt andet end det."} for row in rows], "da", {"max_cer": 0.001}, lambda: asr)
+        choose_clips([row | {"text": "Noget helt andet end det."} for row in rows], {"max_cer": 0.001}, lambda code: asr)
+
+
+def test_each_language_is_heard_by_its_own_recogniser(rows, asr):
+    bare = [row | {"text": "" if number < 4 else row["text"], "language": ("da", "sv")[number % 2]}
+            for number, row in enumerate(rows)]
+    asked = []
+    good, bad = choose_clips(bare, {"pseudo_labels": 0.01, "max_cer": 1.0}, lambda code: asked.append(code) or asr)
+    assert asked == ["da", "sv", "da", "sv"] and bad == []
+    assert {row["language"]: sum("pseudo" in one for one in good if one["language"] == row["language"]) for row in good} == {
+        "da": 2, "sv": 2}
 
 
 def test_confidence_falls_with_noise(asr):
@@ -134,7 +153,7 @@ def test_what_is_done_to_clips_happens_in_one_go(rows, asr, tmp_path, monkeypatc
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     long = rows[0] | {"audio_path": str(write_audio(tmp_path / "l.wav", np.pad(speak_text(TEXTS[0], "da"), 48_000)))}
     settings = {"margin": 0.2, "loudness": -23.0}
-    good, bad = choose_clips([long, rows[1]], "da", settings, refuse)
+    good, bad = choose_clips([long, rows[1]], settings, refuse)
     assert bad == [] and good[0]["levelled"]["cut"] > 3 and all("data/clips" in row["audio_path"] for row in good)
     sound = check.describe_sound(good)
     assert sound["loudness, LUFS"].startswith("-23.0 (-23.") and sound["band-limited"] == "none"

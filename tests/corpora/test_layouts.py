@@ -61,6 +61,13 @@ def test_common_voice_takes_what_was_validated_before_a_part_of_it(tmp_path):
     assert len(load_corpus(tmp_path, "da")) == 2
 
 
+def test_the_folder_above_a_corpus_and_a_file_of_it_are_refused_with_the_one_to_give(tmp_path):
+    corpus = make_common_voice(tmp_path / "cv/da", ["En"])
+    for given in (tmp_path / "cv", corpus / "validated.tsv"):
+        with pytest.raises(CorpusError, match=f"give .*: {corpus}$|such as {corpus}"):
+            load_corpus(given, "da")
+
+
 def test_a_missing_column_is_an_error_that_lists_the_columns_found(tmp_path):
     make_common_voice(tmp_path, ["En"], header=["client_id", "path", "text"])
     with pytest.raises(CorpusError, match=r"validated.tsv: lacks a column of sentence .*found are client_id, path, text"):

@@ -43,6 +43,7 @@ def take(corpus):
 
 def test_a_list_is_names_or_paths_with_hours_or_without_and_a_path_that_is_there_is_none(project):
     assert split_corpora("nst:20, my/b:5.5,c") == [("nst", 20.0), ("my/b", 5.5), ("c", None)]
+    assert split_corpora("nst:20,") == [("nst", 20.0)] and split_corpora(" ") == [(" ", None)]
     assert split_corpora("data/corpora/nst") == [("data/corpora/nst", None)]
     (project / "a, b:2").mkdir()
     assert split_corpora("a, b:2") == [("a, b:2", None)]
@@ -52,6 +53,7 @@ def test_a_list_is_names_or_paths_with_hours_or_without_and_a_path_that_is_there
 
 @pytest.mark.parametrize(("corpus", "message"), [
     ("nst:1, coral:1", "forbids speech synthesis"), ("nst, heard", "is listed for evaluate"),
+    ("nst, data/corpora/nst/", "'nst' is named twice"),
     ("nst, data/corpora/nst:3", "'nst' is named twice; allowed are"), ("nst:0", "'nst' has 0 h"),
     ("nst, my/clips.jsonl", "'my/clips.jsonl' of it is neither a folder or manifest that is there nor one of coral, heard, "),
 ])  # fmt: skip
@@ -96,10 +98,10 @@ def test_one_speaker_id_in_two_corpora_is_two_voices_and_keeps_its_number_when_i
 
 
 def test_the_card_says_the_licence_of_each_and_one_that_is_not_for_commercial_use_marks_all(project):
-    assert describe_licence("da", take("nst, lent:3")) == {
+    assert describe_licence(["da"], take("nst, lent:3")) == {
         "licence": "of the data: CC0 (nst), CC BY-NC 4.0 (lent)", "commercial use": "none: the licence of the data forbids it"}
     (project / "my").mkdir()
-    assert describe_licence("da", "data/corpora/nst:1, my") == {"licence": "of the data: CC0 (nst), not stated (my)"}
+    assert describe_licence(["da"], "data/corpora/nst:1, my") == {"licence": "of the data: CC0 (nst), not stated (my)"}
 
 
 def test_hours_and_every_corpus_are_in_the_hash_of_a_run_and_a_single_corpus_keeps_its_own(project):

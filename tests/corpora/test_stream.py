@@ -37,7 +37,7 @@ from csm_nb.corpora.sources import load_corpus
 corpus, limit = sys.argv[2], int(sys.argv[3])
 try:
     rows = load_corpus(take_corpus("corpus", corpus, "da"), "da", limit, 0)
-    print(json.dumps({"rows": rows, "licence": describe_licence("da", corpus)["licence"]}))
+    print(json.dumps({"rows": rows, "licence": describe_licence(["da"], corpus)["licence"]}))
 except ValueError as error:
     print(json.dumps({"error": str(error)}))
 """

@@ -21,7 +21,7 @@ from csm_nb.csm.speakers import get_speakers
 from csm_nb.judge.judges import load_asr
 from csm_nb.speak import attempts
 from csm_nb.speak.__main__ import main
-from csm_nb.speak.generate import Speech, SpeechError, speak
+from csm_nb.speak.generate import Speech, SpeechError, check_text, speak
 from csm_nb.speak.long import PAUSE, join_speech, read_aloud
 from csm_nb.speak.stream import RAMP, chunk_frames, stream_speech
 
@@ -131,6 +131,56 @@ def test_text_comes_from_a_pipe_and_a_file(tmp_path, capsys, monkeypatch):
         assert main([*more, "--out", str(tmp_path / f"{number}.wav"), "--device", "cpu"]) == 0
     wavs = [soundfile.read(tmp_path / f"{number}.wav")[0] for number in range(2)]
     assert np.array_equal(*wavs)
+
+
+def test_an_adapter_of_several_languages_speaks_each_with_its_tag_alone_and_merged(adapter, tmp_path, capsys):
+    model = load_adapter(load_base("models/csm-mini", "cpu")[0], adapter)
+    processor, tags = load_base("models/csm-mini", "cpu")[1], {"no": "<lang:no>", "sv": "<lang:sv>"}
+    set_record(model, tags=tags)
+    expected = {code: speak(model, processor, ["Hej, du."], language=code)[0].wav for code in tags}
+    card = {"language": "no", "licence": "of the data: CC BY-NC 4.0", "commercial use": "none"}
+    shared = tmp_path / "all" / "lora_no+sv"
+    model.peft_config["default"] = model.peft_config[model.active_adapter]
+    save_adapter(model, shared, card, "models/csm-mini")
+    assert csm_main(["merge", str(shared), "--out", str(tmp_path / "csm-both")]) == 0
+    assert "| commercial use | none |" in (text := (tmp_path / "csm-both/README.md").read_text(encoding="utf-8"))
+    assert "CC BY-NC 4.0" in text
+    assert not np.array_equal(*(wav[:1000] for wav in expected.values()))
+    for more in (["--adapters", str(shared.parent)], ["--base", str(tmp_path / "csm-both"), "--adapters", str(tmp_path)]):
+        for code in tags:
+            out = tmp_path / "said.wav"
+            assert main(["--lang", code, "--text", "Hej, du.", "--out", str(out), "--device", "cpu", *more]) == 0, (
+                capsys.readouterr().err)
+            wav, whole = soundfile.read(out)[0], join_speech([Speech("", expected[code], np.zeros((1, 8)), "end")]).wav
+            assert len(wav) == len(whole) and np.abs(wav - whole).max() < 1e-3
+
+
+def test_a_sentence_of_more_digits_than_the_model_has_room_for_is_said_in_pieces(base, monkeypatch):
+    given = []
+
+    def speak_nothing(model, processor, texts, **how):
+        given.extend(texts)
+        return [Speech(texts[0], np.zeros(24_000, np.float32), np.zeros((25, 8), np.uint16), "end")]
+
+    monkeypatch.setattr("csm_nb.speak.long.speak", speak_nothing)
+    text = f"Ring: {', '.join(str(number) for number in range(20000000, 20000012))}."
+    read_aloud(*base, text, "no")
+    assert " ".join(given) == text and len(given) > 1
+    for part in given:
+        check_text(*base, part)
+
+
+def test_what_was_said_before_is_read_out_as_well(base):
+    model = base[0]
+    try:
+        set_record(model, read_out=True, language="en")
+        reading = read_aloud(*base, "Take 5 kg. The cat is here.", "en")
+        first, second = reading.said
+        after = speak(*base, [second.text], context=[("Take five kilograms.", first.codes, "0")])[0]
+    finally:
+        set_record(model, read_out=False)
+    assert [one.text for one in reading.said] == ["Take 5 kg.", "The cat is here."] and first.ended
+    assert np.array_equal(after.codes, second.codes)
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -1,10 +1,16 @@
 """One adapter of several languages: equal hours of each, and its name and its stages found by what it was taught."""
 
+import json
+
 import numpy as np
 import pytest
 
+from csm_nb.audio import write_audio
+from csm_nb.corpora.sources import load_corpus
+from csm_nb.manifest import CorpusError
 from csm_nb.provenance import write_json
 from csm_nb.recipe import ParameterError
+from csm_nb.runs.chain import plan_tasks
 from csm_nb.runs.folders import find_inputs, name_trained
 from csm_nb.runs.params import check_params
 from csm_nb.teaching.several import balance_hours
@@ -25,6 +31,40 @@ def test_every_language_is_drawn_down_to_the_hours_of_the_smallest_and_one_stays
     lengths = np.random.default_rng(0).random(50)
     alone = [row | {"duration": float(value)} for row, value in zip(make_clips("no", 50, 0), lengths, strict=True)]
     assert balance_hours(alone, ["no"]) == alone
+
+
+def test_a_language_without_clips_is_named():
+    with pytest.raises(CorpusError, match="no clip that can be used is of sv, and the adapter is to learn no, sv"):
+        balance_hours(make_clips("no", 3, 1.0), ["no", "sv"])
+
+
+def write_corpus(folder, *codes):
+    folder.mkdir()
+    lines = [{"text": f"tekst {code} {n}", "audio_path": f"{code}{n}.wav", "speaker_id": code, "language": code}
+             for code in codes for n in range(3)]
+    for number, line in enumerate(lines):
+        write_audio(folder / line["audio_path"], np.sin(np.arange(30_000) * (number + 1) * 0.03).astype(np.float32) * 0.3)
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_corpora_of_a_language_each_teach_an_adapter_of_several(tmp_path):
+    corpus = f"{write_corpus(tmp_path / 'a', 'no')}, {write_corpus(tmp_path / 'b', 'sv')}"
+    given = {"corpus": corpus, "also": ["sv"], "init_adapter": "", "runs_dir": str(tmp_path / "runs")}
+    plan_tasks(["no"], ["03_adapter"], "test", given)
+    assert [row["language"] for code in ("no", "sv") for row in load_corpus(corpus, code, 4)] == ["no"] * 3 + ["sv"] * 3
+    for also in ([], ["da"]):
+        with pytest.raises(ParameterError, match="nothing of language"):
+            plan_tasks(["no"], ["03_adapter"], "test", given | {"also": also})
+
+
+def test_a_corpus_that_says_no_languages_is_refused_for_several(tmp_path):
+    write_corpus(tmp_path / "a", "no")
+    (tmp_path / "a/manifest.jsonl").unlink()
+    for clip in (tmp_path / "a").glob("*.wav"):
+        clip.with_suffix(".txt").write_text("tekst")
+    with pytest.raises(ParameterError, match="does not say which of its clips are no and which sv"):
+        plan_tasks(["no"], ["03_adapter"], "test", {"corpus": str(tmp_path / "a"), "also": ["sv"], "init_adapter": ""})
 
 
 def test_english_with_an_accent_teaches_the_language_of_the_accent():
@@ -61,3 +101,12 @@ def test_a_stage_goes_on_from_the_run_that_was_taught_the_same_languages_with_th
     assert find_inputs(params | {"tag": "none", "also": []})["init_adapter"]["path"].endswith("old/adapter")
     with pytest.raises(ParameterError, match=r"no complete run with method=lora, tag=token, also=\['pl'\] on models/csm-mini"):
         find_inputs(params | {"also": ["pl"]})
+
+
+def test_a_folder_that_was_trained_with_another_tag_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write_json(tmp_path / "base.json", {"tags": {"no": "<lang:no>"}})
+    given = {"init_adapter": str(tmp_path), "runs_dir": str(tmp_path / "runs")}
+    with pytest.raises(ParameterError, match="init_adapter is .* was trained with tag=text, and tag is 'none'"):
+        plan_tasks(["no"], ["03_adapter"], "test", given)
+    assert plan_tasks(["no"], ["03_adapter"], "test", given | {"tag": "text"})
