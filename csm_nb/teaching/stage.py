@@ -9,6 +9,7 @@ import pandas as pd
 from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
+from csm_nb.cards import read_table
 from csm_nb.clips import check, filters, level
 from csm_nb.codec.mimi import decode, load_codec
 from csm_nb.corpora import listed, sources, split, tokens
@@ -351,6 +352,16 @@ def compare_voice(run: Run, training: Training):
     return sound.draw_spectrograms(clips, title=clip["text"])
 
 
+def describe_before(before: Path | None) -> dict:
+    """Return what a card says of the adapter or model that a training went on from; {} for None.
+
+    What that learned from data that is not for commercial use stays in the weights, and so does the mark.
+    """
+    if before is None:
+        return {}
+    return {"goes on from": before} | {what: said for what, said in read_table(before).items() if what == "commercial use"}
+
+
 def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, card: dict, judged: dict | None = None,
            place: str = "") -> None:
     """Save what was trained, into the run and, if given, below `place` as well, say whether it learned, and end the run.
@@ -361,7 +372,7 @@ def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, car
                                                                          training.data.valid_rows, training.recipe))
     figures = gain | select.describe_choice(table, trained["history"]) | (judged or {}) | several.measure_each(run, training)
     counted = {"clips": len(training.data.train_rows)}
-    before = {"goes on from": training.data.before} if training.data.before else {}
+    before = describe_before(training.data.before)
     before |= {"languages": ", ".join(run.languages)} if run.languages[1:] else {}
     card = {"language": run.language, "stage": run.stage} | before | card | training.data.clips.card | counted | figures
     folder = [resolve_path(place) / folders.name_trained(run.params, run.language)] if place else []
