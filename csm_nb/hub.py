@@ -307,10 +307,12 @@ def is_hub_id(name) -> bool:
 def list_models(params: dict) -> dict[str, list[str]]:
     """Return {parameter: the models that it stands for}; by-language, in asr_model, is one for each language that is heard.
 
-    That is the language of a stage, and beside it English, the base's own, and all of `compare` where they are compared.
+    That is the language of a stage and those that its adapter is taught beside it (`also`), and English, the base's own, and
+    all of `compare` where they are compared.
     """
     models = {key: [params[key]] for key in MODELS if params.get(key)}
     if models.get("asr_model") == ["by-language"]:
-        heard = ("en", *params["compare"], params["language"]) if "compare" in params else (params["language"],)
+        taught = (params["language"], *params.get("also", []))
+        heard = ("en", *params["compare"], *taught) if "compare" in params else taught
         models["asr_model"] = list(dict.fromkeys(get_language(code).asr for code in heard))
     return models

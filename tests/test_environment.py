@@ -15,7 +15,8 @@ LOCK = (ROOT / "requirements.lock").read_text()
 LOCKED = [Requirement(line) for line in LOCK.splitlines()]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-DIRECT = [Requirement(line) for line in PROJECT["project"]["dependencies"] + EXTRAS["dev"]]
+NAMED = PROJECT["project"]["dependencies"] + EXTRAS["dev"] + EXTRAS["filters"] + EXTRAS["serve"]  # dev takes these two along
+DIRECT = [one for one in map(Requirement, NAMED) if one.name != PROJECT["project"]["name"]]
 OVERRIDES = [Requirement(line) for line in PROJECT["tool"]["uv"]["override-dependencies"]]
 
 
