@@ -158,9 +158,10 @@ async def measure(args, address, process):
         hung = [await measure_hang_up(client, distinct[0]) for _ in range(20)]
         print(f"\nhung up: the row is free after {np.median(hung):.0f} ms, at most {max(hung):.0f} (20 times)")
         short = [body | {"max_audio_length_ms": 400} for body in distinct]
-        for count in (args.memory // 10, args.memory - args.memory // 10) if args.memory else ():
-            await run_circle(client, [short[n % len(short)] for n in range(count)], args.clients)
-            print(f"{psutil.Process(process.pid).memory_info().rss / 1e6:.0f} MB after {count} more requests")
+        for quarter in range(4 if args.memory else 0):
+            await run_circle(client, [short[n % len(short)] for n in range(args.memory // 4)], args.clients)
+            used = psutil.Process(process.pid).memory_info().rss / 1e6
+            print(f"{used:.0f} MB after {(quarter + 1) * args.memory // 4} more requests", flush=True)
 
 
 def main():

@@ -236,11 +236,7 @@ class Voice:
     def __init__(self, job: Job, codec):
         self.job, self.sent, self.chunks = job, 0, deque()
         self.sizes = chain(RAMP, repeat(RAMP[-1]))
-        self.size, self.wavs = next(self.sizes), decode_stream(codec, self._take_chunks())
-
-    def _take_chunks(self):
-        while True:
-            yield self.chunks.popleft()
+        self.size, self.wavs = next(self.sizes), decode_stream(codec, _take_all(self.chunks))
 
     def decode(self, row: Utterance) -> np.ndarray:
         """Return the samples of frames that have not been heard; none where they are too few yet."""
@@ -250,3 +246,8 @@ class Voice:
         self.chunks.append(np.array(row.codes[self.sent :], np.uint16))
         self.sent, self.size = len(row.codes), next(self.sizes)
         return next(self.wavs)
+
+
+def _take_all(chunks):
+    while True:
+        yield chunks.popleft()
