@@ -64,7 +64,7 @@ def start_server(args, folder):
 
 
 async def ask(client, body):
-    """Return (status, samples, seconds to the first piece, to the first audible sample, leading silence, stalls, all)."""
+    """Return an answer: status, data (samples), stalls, and in s first piece, first audible sample, silence before it, length."""
     start, pieces = time.perf_counter(), []
     async with client.stream("POST", "/v1/audio/speech", json=body) as answer:
         async for piece in answer.aiter_bytes():
@@ -77,7 +77,7 @@ async def ask(client, body):
     audible = int(np.argmax(np.abs(wav) > SILENT * 2**15))
     heard = None
     for arrived, piece in pieces:
-        stalls += arrived > clock + 1e-3
+        stalls += arrived > clock + 1e-3 and samples > audible  # in silence before speech nobody hears it
         clock = max(clock, arrived)
         if heard is None and samples + len(piece) // 2 > audible:
             heard = clock + (audible - samples) / RATE

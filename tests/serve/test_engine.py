@@ -17,7 +17,7 @@ from csm_nb.serve.engine import FullError
 from csm_nb.speak.generate import SpeechError, speak
 from csm_nb.text.sentences import make_sentences
 
-TEXTS = make_sentences("en", 8, 0, "validation")
+TEXTS = sorted(make_sentences("en", 40, 0, "validation"), key=len)[:8]  # short ones are spoken soon
 LANGUAGES = ["en", "no", "sv", "da"]
 
 
@@ -154,15 +154,32 @@ def test_what_was_spoken_is_let_go_of_at_once(engine):
 
 def test_a_long_text_is_split_at_its_sentences_and_nothing_of_it_is_lost(engine):
     pytest.importorskip("csm_nb.text.breaks")
-    text = " ".join(TEXTS) + " The number is 1234567890, and 9876543210 is the other one."
+    text = " ".join(make_sentences("en", 12, 0, "validation")) + " The number is 1234567890, and 9876543210 is the other one."
     assert len(text) > 300
-    job, told = ask(engine, text, seconds=120.0)
-    parts = list(job.parts)
-    assert "".join(" ".join(parts).split()) == "".join(text.split()) and len(parts) > len(TEXTS)
+    parts = engine.prepare(text, "en", "", 0, 30.0, print).parts
+    assert "".join(" ".join(parts).split()) == "".join(text.split()) and len(parts) > 12
+    assert engine.prepare(text[:300], "en", "", 0, 30.0, print).parts == [text[:300]]
+
+
+def test_parts_are_said_one_after_the_other_with_a_pause_between_and_each_is_what_it_is_alone(engine, alone):
+    job, told = ask(engine, TEXTS[0])
+    job.parts = TEXTS[:3]
     step_until(engine, lambda: not engine.waiting and not engine.count_taken())
     wav, finish = hear(told)
-    frames, pauses = sum(map(len, job.codes)), len(parts) - 1
-    assert finish == "end" and len(wav) == frames * engine.rate / engine.frame_rate + pauses * int(0.3 * engine.rate)
+    speeches = [alone(text, "en", 0) for text in TEXTS[:3]]
+    assert all(np.array_equal(codes, speech.codes) for codes, speech in zip(job.codes, speeches, strict=True))
+    pause = int(0.3 * engine.rate)
+    assert len(wav) == sum(len(speech.wav) for speech in speeches) + 2 * pause and finish == "end"
+    place = len(speeches[0].wav)
+    assert not np.any(wav[place : place + pause])
+
+
+def test_of_parts_that_are_too_long_together_the_first_are_said_and_the_finish_tells(engine):
+    job, told = ask(engine, TEXTS[0], seconds=1.5)
+    job.parts = TEXTS[:3]
+    step_until(engine, lambda: not engine.waiting and not engine.count_taken())
+    wav, finish = hear(told)
+    assert finish == "length" and 0 < len(wav) <= 1.5 * engine.rate
 
 
 def test_what_can_not_be_said_is_refused_at_the_door(engine):
