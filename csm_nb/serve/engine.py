@@ -179,7 +179,7 @@ class Engine:
             with self.reading:
                 one = make_utterance(job.shelf.decoders, self.inner, self.processor, job.parts[0], job.voice, job.reader.worn,
                                      job.tag, job.seed)
-            one.cap, one.key = min(one.cap, job.frames), Voice(job, self.inner.codec_model)
+            one.cap, one.key = min(one.cap, job.frames), Sound(job, self.inner.codec_model)
             if job.shelf not in self.batches:
                 self.batches[job.shelf] = Batch(job.shelf.decoders, self.slots, count_positions(job.shelf))
             self.batches[job.shelf].admit(one)
@@ -230,7 +230,7 @@ class Engine:
             job.gone = True
 
 
-class Voice:
+class Sound:
     """The samples of one utterance while its frames come: in chunks that grow, so that the first is there early."""
 
     def __init__(self, job: Job, codec):
