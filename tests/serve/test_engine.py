@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from serving import BASE, ask, hear, make_adapter, make_adapters, make_engine, step_until
+from serving import BASE, ask, hear, make_adapter, make_adapters, make_engine, step_until, wait_for
 
 from csm_nb.csm.adapters import load_adapter, remove_adapters
 from csm_nb.csm.load import load_base
@@ -223,6 +223,20 @@ def test_an_adapter_that_goes_is_drained_and_one_that_comes_is_taken_up(folder, 
     model, _ = load_base(BASE, "cpu")
     make_adapter(model, folder, "de+fr", 4)
     assert engine.refresh() and engine.shelf.readers["fr"].name == "lora_de+fr" and "no" not in engine.shelf.readers
+
+
+def test_a_running_engine_looks_at_the_folder_by_itself(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "LOOK", 0.05)
+    engine = make_engine(tmp_path)
+    engine.start()
+    try:
+        shutil.copytree(adapters / "lora_no", tmp_path / "lora_no")
+        wait_for(lambda: "no" in engine.shelf.readers)
+        assert hear(ask(engine, TEXTS[0], "no", seconds=0.4)[1])[1] == "length"
+        shutil.rmtree(tmp_path / "lora_no")
+        wait_for(lambda: "no" not in engine.shelf.readers)
+    finally:
+        engine.stop()
 
 
 def test_what_does_not_work_is_not_listed_and_says_why(tmp_path):
