@@ -67,10 +67,10 @@ help:
 	@echo "make index   write runs/index.html anew, with pages of the runs that papermill alone made"
 	@echo "make test    run every test"
 	@echo "make lab     begin in JupyterLab: the notebooks with the values of LANGS and PROFILE in them, and where to begin; LAB='--no-browser ...'"
-	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve adds"
+	@echo "make setup   install what requirements.lock pins, into the activated conda environment or .venv; EXTRAS=gpu,serve,filters adds"
 	@echo "make lock    resolve pyproject.toml anew into requirements.lock"
 	@echo "make clean   remove caches; .venv and everything that runs made stay"
-	@echo "make clean-data  list tokens and trainings that are kept below data/, and remove what no run uses, after a question; ALL=1: all"
+	@echo "make clean-data  list tokens, trainings, speech, streams and clips that are kept below data/, and remove what no run uses, after a question; ALL=1: all"
 
 run: $(STAMP)
 	@$(PY) -m csm_nb.runs --langs $(call each,$(LANGS)) --profile $(call quote,$(PROFILE)) $(if $(STAGES),--stages $(call each,$(STAGES))) \

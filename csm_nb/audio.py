@@ -34,15 +34,19 @@ def read_audio(path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     return resample(wav.mean(axis=1), found_rate, sample_rate)
 
 
-def write_audio(path, wav, sample_rate: int = SAMPLE_RATE) -> Path:
+def write_audio(path, wav, sample_rate: int = SAMPLE_RATE, comment: str = "") -> Path:
     """Write mono samples and return the path; the suffix chooses the format (.wav is 16-bit PCM, .mp3, .ogg, .flac).
 
-    Samples beyond -1 to 1 are clipped. Raises AudioError for an empty or NaN array and for a suffix without a format.
+    `comment` goes into the file's metadata. Samples beyond -1 to 1 are clipped. Raises AudioError for an empty or NaN array and
+    for a suffix without a format.
     """
     path, wav = Path(path), check_wav(wav, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        soundfile.write(path, np.clip(wav, -1, 1), sample_rate)
+        with soundfile.SoundFile(path, "w", sample_rate, 1) as file:
+            if comment:
+                file.comment = comment
+            file.write(np.clip(wav, -1, 1))
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
         raise AudioError(f"{path}: not writable as {path.suffix or 'a file without a suffix'} ({error})") from error
     return path

@@ -54,6 +54,13 @@ two equal codebook tables, and transformers 5.17 fills the other with random num
         pipeline_tag="text-to-speech", tags=["csm", "lora"] if adapter else ["csm"])
 
 
+def read_table(folder) -> dict[str, str]:
+    """Return the table of the card in `folder`, {what: value}; {} where there is none."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return dict(re.findall(r"^\| (?!what \||---)([^|]+) \| (.*) \|$", text, re.MULTILINE))
+
+
 def save_card(folder, text: str, **header) -> Path:
     """Write `folder`/README.md of `text` below a header of huggingface_hub.ModelCardData's fields; return its path."""
     path = Path(folder) / "README.md"

@@ -45,7 +45,9 @@ def clean_text(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     if text.isascii():
         return " ".join(text.translate(SIGNS).split())
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    for character in set(text):
+        if unicodedata.category(character) == "Cf":
+            text = text.replace(character, "")
     return " ".join(unicodedata.normalize("NFC", text).translate(SIGNS).split())
 
 

@@ -1,5 +1,7 @@
 """The device that a model runs on, and which numbers are fast there."""
 
+import contextlib
+
 import torch
 
 
@@ -27,3 +29,14 @@ def half_precision(device: str) -> torch.autocast:
     For language models and judges; a codec trained in it diverges (its thin convolutions need the digits).
     """
     return torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device))
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Let torch compute on one thread in a with block: with another number of them the last digits of a sum differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

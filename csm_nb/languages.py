@@ -29,6 +29,7 @@ class Language:
 
 WHISPER = "openai/whisper-large-v3"
 
+# New ones come last: the place in this table is that of a language's row in the text table (csm/tags.py).
 # whisper is the name that transformers' generate(language=...) takes. Recognisers with published FLEURS figures below
 # whisper-large-v3's are named for no, sv and da. mms_lid labels are from the model's config (id2label).
 LANGUAGES = {

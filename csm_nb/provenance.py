@@ -37,12 +37,16 @@ def hash_file(path: Path, digits: int = 12) -> str:
 
 def _read_times(path):
     """Return a file's size and times: its time of change is set by hand at will, that of its inode is not."""
-    status = path.stat()
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @functools.cache
 def _hash_content(path, *times):
+    return _hash_bytes(path)
+
+
+def _hash_bytes(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -89,26 +93,26 @@ def hash_files(files) -> list[str | None]:
     data/hashes.json, with size and times of each file, and a file is read again when those change. The hash of a run and
     the tokens of its corpus ask for the same clips.
     """
-    memory, began, hashes = paths.ROOT / "data" / "hashes.json", time.time(), []
+    memory, began, hashes, new = paths.ROOT / "data" / "hashes.json", time.time(), [], False
     try:
         known = read_json(memory)
     except ValueError:  # half a file: it is only a memory
         known = {}
     for file in files:
         try:
-            times = list(_read_times(file))
-            kept = known.get(str(file), [])
-            if kept[:-1] != times:
-                kept = [*times, hash_file(file, 24)]
+            times = _read_times(file)
+            mark, kept = "{} {} {} ".format(*times), str(known.get(str(file), ""))
+            if not kept.startswith(mark):
+                kept = mark + _hash_bytes(file)[:24]
                 if began - times[1] / 1e9 > SETTLED:
-                    known[str(file)] = kept
-            hashes.append(kept[-1])
-        except (OSError, AttributeError):
+                    known[str(file)], new = kept, True
+            hashes.append(kept[len(mark):])
+        except (OSError, TypeError):  # not there, or None
             hashes.append(None)
-    if time.time() - began > 1:
-        with contextlib.suppress(OSError):  # a project that can not be written to reads them again
+    if new and time.time() - began > 1:
+        with contextlib.suppress(OSError), replace_file(memory) as part:  # a project that can not be written to reads them again
             memory.parent.mkdir(exist_ok=True)
-            write_json(memory, known)
+            part.write_text(json.dumps(known), encoding="utf-8")
     return hashes
 
 

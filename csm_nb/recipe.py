@@ -9,6 +9,7 @@ from csm_nb.paths import STAGES
 TRAINED = {"lora": "adapter_config.json", "full": "config.json"}  # by method: what a stage leaves in its folder adapter/
 EPOCHS = 3.0  # where neither steps nor epochs are given
 LENGTHS = ("steps", "epochs")  # one of the two
+ENGINES = ("local", "ray")  # where work is done: on this machine, or on the nodes of a Ray (engine.py)
 FROM_ONE, FROM_ZERO, SHARE = "[1, inf)", "[0, inf)", "(0, 1]"
 
 
@@ -114,6 +115,7 @@ class Recipe:
     keep_checkpoints: int = _take(3, "how many stay, at least; the newest and the three to choose from stay in any case",
                                   FROM_ONE)
     price_per_hour: float = _take(0.0, "of the machine, in any currency; 0: no price")
+    workers: str = _take("local", "who encodes the clips: local (this machine's cores or GPU) or ray (docs/scale.md)", ENGINES)
     four_bit: bool = _take(False, "hold the frozen weights in 4 bits (CUDA only)")
     backend: str = _take("transformers", "or unsloth (CUDA only)", ("transformers", "unsloth"))
     dtype: str = _take("auto", "of the frozen weights: auto is bfloat16 on a GPU", ("auto", "bfloat16", "float32"))

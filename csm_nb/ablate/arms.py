@@ -16,7 +16,7 @@ from csm_nb.corpora.sources import load_corpus
 from csm_nb.csm.adapters import add_adapter
 from csm_nb.hub import fetch_model
 from csm_nb.manifest import CorpusError
-from csm_nb.paths import STAGES, resolve_path
+from csm_nb.paths import STAGES
 from csm_nb.provenance import hash_value
 from csm_nb.recipe import ParameterError, read_recipe, suggest
 from csm_nb.runs.chain import Task, plan_tasks
@@ -224,6 +224,6 @@ def count_corpus(params: dict) -> int:
     if not params["corpus"]:
         return params["corpus_clips"]
     try:
-        return len(load_corpus(resolve_path(params["corpus"]), params["language"], params["corpus_clips"]))
+        return len(load_corpus(params["corpus"], params["language"], params["corpus_clips"]))
     except CorpusError as error:
         raise ParameterError(f"corpus is {params['corpus']!r}: {error}") from error

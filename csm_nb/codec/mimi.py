@@ -1,5 +1,6 @@
 """The Mimi codec: speech to codes and back, clips in batches or a stream in chunks, the codes of each clip alone."""
 
+import contextlib
 import hashlib
 import json
 from collections import defaultdict
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import MimiConfig, MimiModel
 
-from csm_nb.device import pick_device
+from csm_nb.device import one_thread, pick_device
 from csm_nb.hub import ModelError, fetch_model, find_weights
 from csm_nb.paths import resolve_path
 from csm_nb.provenance import hash_value
@@ -95,8 +96,9 @@ def encode(codec, wavs, num_codebooks: int | None = None) -> list[np.ndarray]:
 
     Each clip is filled up with zeros to whole frames, as moshi's own `MimiModel.encode` does, and clips of equally many
     frames share a batch: there is no padding left that could change a code. (transformers pads inside each convolution
-    instead; the last, partly filled frame can differ from this.) `num_codebooks` takes the first ones, default all.
-    Raises ValueError for a clip without samples or with NaN, and for more codebooks than there are.
+    instead; the last, partly filled frame can differ from this.) A CPU computes on one thread, so that a clip's codes are the
+    same whatever it is given: who has several cores encodes in several processes. `num_codebooks` takes the first ones,
+    default all. Raises ValueError for a clip without samples or with NaN, and for more codebooks than there are.
     """
     check_codebooks(codec, num_codebooks)
     size = codec.config.frame_size
@@ -106,7 +108,8 @@ def encode(codec, wavs, num_codebooks: int | None = None) -> list[np.ndarray]:
         frames = -(-len(wavs[batch[0]]) // size)
         padded = np.stack([np.pad(wavs[i], (0, frames * size - len(wavs[i]))) for i in batch])
         values = torch.from_numpy(padded)[:, None].to(codec.device)
-        encoded = codec.encode(values, num_quantizers=num_codebooks).audio_codes.cpu().numpy()
+        with one_thread() if codec.device.type == "cpu" else contextlib.nullcontext():
+            encoded = codec.encode(values, num_quantizers=num_codebooks).audio_codes.cpu().numpy()
         for i, code in zip(batch, encoded, strict=True):
             codes[i] = code.T.astype(np.uint16)
     return codes

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csm_nb.clean import clean_text, compose, find_file, read_lines
+from csm_nb.corpora.listed import find_failed
 from csm_nb.languages import read_label
 from csm_nb.manifest import SUFFIXES, CorpusError
 
@@ -22,6 +23,8 @@ PARQUET = {
     "audio": ("audio", "utterance_audio_file", "audio_path", "path", "file"),
     "language": ("language", "locale", "lang"),
 }  # fmt: skip
+CODES = ("codes", "n_frames", "k_codebooks")  # of a data set of codes alone, such as shangeth/librispeech-mimi-codes
+FRAME_RATE = 12.5  # frames per second, Mimi's: of codes whose data set does not say
 
 
 def find_layout(folder: Path):
@@ -35,32 +38,37 @@ def find_layout(folder: Path):
     return read_parquet if next(folder.rglob("*.parquet"), None) else None
 
 
-def read_common_voice(folder: Path, language: str, columns=None) -> list[dict]:
+def read_common_voice(folder: Path, language: str, entry=None, left_out=None) -> list[dict]:
     """Return the rows of a Common Voice release's folder of one locale: validated.tsv (else train.tsv) and clips/.
 
     Its TSV quotes nothing: a quotation mark belongs to the sentence, and "null" and "NA" are words. `locale` says the
-    language, `client_id` is the speaker. `columns` is of no use here.
+    language, `client_id` is the speaker. `left_out` counts what the entry's `filters` leave out.
     """
     table = next(folder / name for name in COMMON_VOICE if (folder / name).is_file())
-    lines = [(number, line.split("\t"), fault) for number, (line, fault) in enumerate(read_lines(table), 1) if line.strip()]
-    header = lines[0][1] if lines else []
-    _need(table, header, {"client_id": ["client_id"], "path": ["path"], "sentence": ["sentence"]})
+    lines = ((number, line.split("\t"), fault) for number, (line, fault) in enumerate(read_lines(table), 1) if line.strip())
+    header = next(lines, (1, [], ""))[1]
+    filters = (entry or {}).get("filters") or {}
+    need_columns(table, header, {name: [name] for name in ("client_id", "path", "sentence", *filters)})
     rows = []
-    for number, cells, fault in lines[1:]:
+    for number, cells, fault in lines:
         if len(cells) > len(header) or len(cells) <= max(map(header.index, ("client_id", "path", "sentence"))):
             raise CorpusError(f"{table}: line {number} has {len(cells)} columns; the header has {len(header)}: "
                               f"{', '.join(header)}")
-        row = dict(zip(header, cells, strict=False))
+        row = dict.fromkeys(header, "") | dict(zip(header, cells, strict=False))
+        if failed := find_failed(row, filters):
+            if left_out is not None:
+                left_out[failed] += 1
+            continue
         name = row["path"] if Path(row["path"]).suffix.lower() in SUFFIXES else f"{row['path']}.mp3"
         said = _name_language(row.get("locale"), language)
         rows.append(_make_row(row["sentence"], folder / "clips" / name, row["client_id"], said, fault))
     return rows
 
 
-def read_ljspeech(folder: Path, language: str, columns=None) -> list[dict]:
+def read_ljspeech(folder: Path, language: str) -> list[dict]:
     """Return the rows of a folder as LJSpeech is laid out: metadata.csv (name|text|text in words, nothing quoted) and wavs/.
 
-    The text in words is taken where there is one. All is one voice, named by its folder. `columns` is of no use here.
+    The text in words is taken where there is one. All is one voice, named by its folder.
     """
     table, rows = folder / "metadata.csv", []
     files = {compose(path.stem): path for path in sorted((folder / "wavs").iterdir()) if path.suffix.lower() in SUFFIXES}
@@ -77,11 +85,10 @@ def read_ljspeech(folder: Path, language: str, columns=None) -> list[dict]:
     return rows
 
 
-def read_kaldi(folder: Path, language: str, columns=None) -> list[dict]:
+def read_kaldi(folder: Path, language: str) -> list[dict]:
     """Return the rows of a Kaldi data folder: wav.scp, text, utt2spk, and segments where the recordings are longer ones.
 
     Paths start at the folder. A recording that wav.scp makes by a command is refused: run it once, and name its file.
-    `columns` is of no use here.
     """
     missing = [name for name in ("text", "utt2spk") if not (folder / name).is_file()]
     if missing:
@@ -114,49 +121,111 @@ def read_kaldi(folder: Path, language: str, columns=None) -> list[dict]:
     return rows
 
 
-def read_parquet(folder: Path, language: str, columns=None) -> list[dict]:
+def read_parquet(folder: Path, language: str, entry=None, left_out=None) -> list[dict]:
     """Return the rows of a folder of Parquet as `datasets` and the hub write it; no audio is read yet.
 
-    Where files or their folders are called train, the others (test, validation) are left out. `columns` may name those of
-    text, speaker and audio, where PARQUET's candidates are not what is meant; with `{"speaker": None}` the folder is one
-    voice. A row without a speaker is set aside later. Raises CorpusError, which lists the columns found, where one is lacking.
+    Where files or their folders are called train, the others (test, validation) are left out. The entry's `columns` may name
+    those of text, speaker and audio, where PARQUET's candidates are not what is meant; with `{"speaker": None}` the folder is
+    one voice. A row without a speaker, and the rows of a row group that is broken, are set aside later. A data set of codes
+    alone (codes k x n, n_frames, k_codebooks) has rows without audio. Raises CorpusError, which lists the columns found, where
+    one is lacking.
     """
-    files = sorted(folder.rglob("*.parquet"))
-    train = [path for path in files if path.stem.split("-")[0] == "train" or path.parent.name in ("train", "partial-train")]
-    rows, columns = [], columns or {}
-    for path in train or files:
+    rows = []
+    for path in choose_train(sorted(folder.rglob("*.parquet"))):
         file = pq.ParquetFile(path)
-        found = file.schema_arrow.names
-        wanted = {kind: [columns[kind]] if columns.get(kind) else list(names) for kind, names in PARQUET.items()}
-        one = "speaker" in columns and columns["speaker"] is None
-        _need(path, found, {kind: names for kind, names in wanted.items() if kind not in ("language", *["speaker"] * one)})
-        read = {kind: [name for name in names if name in found] for kind, names in wanted.items() if kind != "audio"}
+        read = find_columns(path, file.schema_arrow.names, entry)
+        about = {key.decode(): value.decode(errors="replace") for key, value in (file.schema_arrow.metadata or {}).items()}
         number = 0
-        for batch in file.iter_batches(columns=sorted({name for names in read.values() for name in names})):
-            for cells in batch.to_pylist():
-                text, speaker, said = (next((cells[name] for name in read[kind] if cells[name] not in (None, "")), None)
-                                       for kind in ("text", "speaker", "language"))
-                known = one or str(speaker) not in ("None", "")  # VoxPopuli writes None as a word
-                row = _make_row(str(text or ""), path, folder.name if one else speaker, _name_language(said, language),
-                                "" if known else "no speaker is said of it")
-                audio = next(name for name in wanted["audio"] if name in found)
-                rows.append(row | {"parquet_row": number, "parquet_column": audio})
-                number += 1
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            try:
+                cells = file.read_row_group(group, list_columns(read)).to_pylist()
+            except (OSError, pa.ArrowException) as error:  # one that is broken takes no other with it
+                fault = describe_broken(f"row group {group} of {path.name}", error)
+                rows += [_make_row("", path, folder.name, language, fault)] * count
+            else:
+                made = [make_row(one, read, path, folder.name, language, left_out) for one in cells]
+                rows += [row | _locate(one, number + at, read, about)
+                         for at, (one, row) in enumerate(zip(cells, made, strict=True)) if row is not None]
+            number += count
     return rows
 
 
+def choose_train(files: list[Path]) -> list[Path]:
+    """Return the files that are called train, or lie in a folder that is; all where none is."""
+    named = [path for path in files if path.stem.split("-")[0] == "train" or path.parent.name in ("train", "partial-train")]
+    return named or files
+
+
+def find_columns(place, found, entry=None) -> dict:
+    """Return what to read of a table of the columns `found`: {kind: names, best first}, and the `filters` of a corpus' entry.
+
+    Kinds are those of PARQUET, of codes alone CODES instead of audio. Raises CorpusError, with `place` and `found`, for a kind
+    or filter that no column is of; no speaker is needed where the entry says that there is one voice.
+    """
+    columns, filters = (entry or {}).get("columns") or {}, (entry or {}).get("filters") or {}
+    wanted = {kind: [columns[kind]] if columns.get(kind) else list(names) for kind, names in PARQUET.items()}
+    one = "speaker" in columns and columns["speaker"] is None
+    if "codes" in found and not columns.get("audio"):
+        wanted = {kind: names for kind, names in wanted.items() if kind != "audio"} | {name: [name] for name in CODES}
+    needed = {kind: names for kind, names in wanted.items() if kind not in ("language", *["speaker"] * one)}
+    need_columns(place, found, needed | {f"the filter {name}": [name] for name in filters})
+    read = {kind: [name for name in names if name in found] for kind, names in wanted.items()}
+    return read | {"filters": filters, "one": one}
+
+
+def list_columns(read: dict) -> list[str]:
+    """Return the columns that make a row (find_columns), without the audio or the codes themselves."""
+    kinds = {name for kind, names in read.items() if kind not in ("audio", "codes", "filters", "one") for name in names}
+    return sorted(kinds | read["filters"].keys())
+
+
+def make_row(cells: dict, read: dict, path, voice: str, language: str, left_out=None) -> dict | None:
+    """Return the row of one line of a table (find_columns), None where a filter leaves it out, which `left_out` counts."""
+    if failed := find_failed(cells, read["filters"]):
+        if left_out is not None:
+            left_out[failed] += 1
+        return None
+    text, speaker, said = (next((cells[name] for name in read[kind] if cells[name] not in (None, "")), None)
+                           for kind in ("text", "speaker", "language"))
+    known = read["one"] or str(speaker) not in ("None", "")  # VoxPopuli writes None as a word
+    return _make_row(str(text or ""), path, voice if read["one"] else speaker, _name_language(said, language),
+                     "" if known else "no speaker is said of it")
+
+
+def _locate(cells, number, read, about):
+    """Return where in its Parquet file the audio of a row is, or its codes, and what is said of those."""
+    if "codes" not in read:
+        return {"parquet_row": number, "parquet_column": read["audio"][0]}
+    rate = float(about.get("frame_rate", FRAME_RATE))
+    return {"codes_row": number, "codebooks": cells["k_codebooks"], "frames": cells["n_frames"], "codec": about.get("codec", ""),
+            "codebook_size": int(about.get("codebook_size", 0)), "duration": round(cells["n_frames"] / rate, 3)}
+
+
 def read_parquet_audio(path: Path, column: str, numbers) -> list[tuple[bytes | None, str]]:
-    """Return (bytes or None, path) of the audio of rows `numbers` (ascending) of a Parquet file, a row group at a time."""
+    """Return (bytes or None, path) of the audio of rows `numbers` (ascending) of a Parquet file, a row group at a time.
+
+    Where a row group is broken, an error stands in the place of each of its rows' bytes.
+    """
     file, found, first = pq.ParquetFile(path), [], 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         wanted = [number - first for number in numbers if first <= number < first + count]
         first += count
         if wanted:
-            cells = file.read_row_group(group, columns=[column]).column(0).take(pa.array(wanted)).to_pylist()
+            try:
+                cells = file.read_row_group(group, columns=[column]).column(0).take(pa.array(wanted)).to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                found += [(error, f"row group {group} of {path.name}")] * len(wanted)
+                continue
             found += [(cell.get("bytes"), cell.get("path") or "") if isinstance(cell, dict) else (None, cell or "")
                       for cell in cells]
     return found
+
+
+def describe_broken(what: str, error: Exception) -> str:
+    """Return in words that a part of a file can not be read, why, and what to do."""
+    return f"{what} can not be read ({' '.join(str(error).split())[:200]}); fetch the file again"
 
 
 def _make_row(text, audio, speaker, language, fault=""):
@@ -173,7 +242,8 @@ def _name_language(label, asked):
     return label.strip() if known == "other" else known
 
 
-def _need(path, found, wanted):
+def need_columns(path, found, wanted: dict) -> None:
+    """Raise CorpusError, which lists the columns `found`, for a kind of which none of its `wanted` names is there."""
     lacking = [f"{kind} ({' or '.join(names)})" for kind, names in wanted.items() if not set(names) & set(found)]
     if lacking:
         raise CorpusError(f"{path}: lacks a column of {', '.join(lacking)}; found are {', '.join(found) or 'none'}")

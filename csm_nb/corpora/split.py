@@ -52,6 +52,9 @@ def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
       not needed.
     - Sentences are held out, whoever says them, or speakers, whatever they say: whichever keeps more clips.
 
+    Lots decide among equals, by a hash of sentence or speaker: where clips are added, one that was held out goes to the training
+    only where new ones take its place, where its sentence or speaker became too large, or where another rule is used.
+
     Two spellings of the same words are one sentence. The split "validation" (sentences.split_of) is held out first. "test",
     by which 04 judges, is held out only where there is nothing else; so are clips that no row of `max_tokens` holds. Raises
     TrainingError when no rule will do; it says what the best one would cost.
@@ -65,8 +68,7 @@ def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
     if max_tokens is not None:
         rank[np.array(count_frames(rows), int) + 1 >= max_tokens - np.array([len(text) for text in texts], int)] = AVOIDED
     wanted = min(VALIDATION_CLIPS, max(-(-len(texts) // 10), min(first, len(texts) // 2)))
-    rng = np.random.default_rng(seed)
-    lots = rng.permutation(len(sentences)), rng.permutation(len(voices))  # who is held out among equals
+    lots = _draw_lots(sentences, seed), _draw_lots(voices, seed)  # who is held out among equals
     split, why = None, f"{_count(len(voices), 'speaker')}: too few to hold one out"
     if len(voices) >= FEWEST_SPEAKERS:
         split = _hold_out_both(sentence, voice, rank, wanted, lots)
@@ -85,6 +87,11 @@ def split_rows(rows, max_tokens: int | None = None, seed: int = 0):
             "neither, where a tenth of all is allowed. Give more clips, with other sentences or of other "
             "speakers (corpus_clips says how many are drawn)")
     return _take(rows, split.train), _take(rows, split.held), str(split)
+
+
+def _draw_lots(groups, seed):
+    """Return the place of each group among them by a hash of its own, which no other group changes."""
+    return np.argsort(np.argsort(pd.util.hash_array(np.asarray(groups, object), hash_key=f"{seed:016d}", categorize=False)))
 
 
 def _count(number, noun):

@@ -1,9 +1,11 @@
 """Manifest rows to codec tokens: a folder of Parquet shards that training reads, named by what it holds, made once."""
 
 import contextlib
+import errno
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -11,17 +13,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from filelock import Timeout
 
 from csm_nb.audio import AudioError, read_audio
 from csm_nb.claims import hold
 from csm_nb.codec.mimi import encode, frame_rate
-from csm_nb.corpora.codes import ABOUT, find_codes, hash_codec, read_codes
-from csm_nb.provenance import hash_files, hash_value, read_json, replace_file, write_json
+from csm_nb.corpora.codes import ABOUT, check_given, find_codes, hash_clips, hash_codec, read_codes, read_given
+from csm_nb.corpora.workers import run_jobs
+from csm_nb.device import one_thread
+from csm_nb.processes import count_cores
+from csm_nb.provenance import hash_value, read_json, replace_file, write_json
 
 SHARD_CLIPS = 64  # that a killed writer loses at most
 MOST_SHARDS = 1000  # a longer corpus has larger shards
 GROUP_CLIPS = 1024  # rows of a row group: 50 h in one group take 1.3 GB to map, in these .2 GB and a third of the time
+WINDOW_CLIPS = 128  # of a shard that are in memory as samples at once: 60 MB of clips of 5 s
+SET_ASIDE = "set_aside.jsonl"  # in a folder of tokens: the rows that do not read, with their reason
 _SCHEMA = pa.schema([
     ("text", pa.string()), ("codes", pa.list_(pa.list_(pa.uint16()))), ("speaker_id", pa.string()),
     ("language", pa.string()), ("duration", pa.float64()),
@@ -33,21 +41,36 @@ class TokensError(ValueError):
     """Tokens that are missing, broken or none, or do not fit the codec; names the file and what to do."""
 
 
-def write_tokens(rows, codec, data) -> dict:
+def write_tokens(rows, codec, data, workers: str = "local") -> dict:
     """Keep `rows` as codec tokens below `data` and return {"path", "clips", "set_aside", "encoded", "found"}.
 
     `path` is data/tokens/<fingerprint>, of the codec and, in order, each row's text, audio (its bytes), speaker and language:
     the same corpus has the same folder. It holds shards, part-00000.parquet and so on, with the columns text, codes (frames x
     codebooks, uint16), speaker_id, language, duration (s) and audio (a hash). Each is written whole or not at all; several
-    processes, also of several machines on one disk, write one corpus together. A clip whose audio this codec has encoded
-    before, for whichever corpus and text, is not encoded again: `encoded` and `found` say how many. A clip that does not read
-    is set aside with its reason. Raises TokensError, before anything is encoded, for a row that can not be kept (no text).
+    processes, also of several machines on one disk, write one corpus together, and whoever they are (`workers` is local or
+    ray, see workers.run_jobs), and however often they were killed, on a CPU its bytes are the same. A clip whose audio this
+    codec has encoded before, for whichever corpus and text, is not encoded again: `encoded` and `found` say how many. A clip
+    that does not read is set aside with its reason, also in set_aside.jsonl. Raises TokensError, before anything is encoded,
+    for a row that can not be kept (no text), and where the disk is full: the shards that are there stay.
     """
     rows, place = list(rows), Path(data) / "tokens"
     _check_rows(rows)
-    hashes, mark = hash_files(Path(row["audio_path"]) for row in rows), hash_codec(codec)
+    hashes, mark = hash_clips(rows), hash_codec(codec)
+    check_given(rows, codec, mark)
     named = [[row["text"], audio, str(row["speaker_id"]), row["language"]] for row, audio in zip(rows, hashes, strict=True)]
     folder = place / hash_value([mark, named])
+    try:
+        return {"path": folder} | _fill_folder(folder, rows, hashes, codec, mark, workers)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        there, all_of = len(list(folder.glob("part-*.parquet"))), read_json(folder / ABOUT).get("shards", "all")
+        raise TokensError(f"{folder}: no room left on the disk ({error}); {there} of {all_of} shards are there, and stay. Make "
+                          "room and run again: it goes on with the others") from error
+
+
+def _fill_folder(folder, rows, hashes, codec, mark, workers):
+    """Write the shards that are not there, clean up after killed writers, and return what write_tokens does without `path`."""
     folder.mkdir(parents=True, exist_ok=True)
     size = max(SHARD_CLIPS, -(-len(rows) // MOST_SHARDS))
     about = read_json(folder / ABOUT)
@@ -59,15 +82,22 @@ def write_tokens(rows, codec, data) -> dict:
     counts = {"encoded": 0, "found": 0}
     for wait in (False, True):  # first what nobody else is at work on, then what is left
         missing = [name for name in parts if not _is_whole(folder / name)]
-        known = find_codes([audio for name in missing for audio in hashes[parts[name]]], mark, place) if missing else {}
+        if not missing:
+            break
+        known = find_codes([audio for name in missing for audio in hashes[parts[name]]], mark, folder.parent)
+        clips = sum(len(hashes[parts[name]]) for name in missing) - len(known)
         random.Random(os.getpid()).shuffle(missing)  # each writer in an order of its own: a shard that is held costs a wait
-        for name in missing:
-            with contextlib.suppress(Timeout), hold(folder / name, wait):
-                if not _is_whole(folder / name):
-                    done = _write_shard(rows[parts[name]], hashes[parts[name]], known, codec, folder / name)
-                    counts = {key: counts[key] + done[key] for key in counts}
+        jobs = ((folder / name, rows[parts[name]], hashes[parts[name]],
+                 {audio: known[audio] for audio in hashes[parts[name]] if audio in known}, wait) for name in missing)
+        for done in run_jobs(_make_shard, codec, jobs, clips, workers):
+            counts = {key: counts[key] + done[key] for key in counts}
     set_aside = [row for name in parts for row in json.loads(pq.read_schema(folder / name).metadata[b"set_aside"])]
-    return {"path": folder, "clips": len(rows) - len(set_aside), "set_aside": set_aside} | counts
+    if set_aside:
+        with replace_file(folder / SET_ASIDE) as part:
+            part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in set_aside), encoding="utf-8")
+    for left in (*folder.glob(".part-*.part"), *folder.glob(".part-*.lease")):  # all is there: nobody is at work any more
+        left.unlink(missing_ok=True)
+    return {"clips": len(rows) - len(set_aside), "set_aside": set_aside} | counts
 
 
 def _describe(codec, mark, rows, size):
@@ -83,31 +113,78 @@ def _is_whole(path):
         return False
 
 
+def _make_shard(codec, job):
+    """Write a shard unless somebody else does or did, and return how many of its clips were encoded and how many were found.
+
+    `job` is its path, rows, hashes of their audio, where codes of these are, and whether to wait for whoever holds it.
+    """
+    path, rows, hashes, known, wait = job
+    with contextlib.suppress(Timeout), hold(path, wait):
+        if not _is_whole(path):
+            with one_thread() if codec.device.type == "cpu" else contextlib.nullcontext():  # resampling adds up as well
+                return _write_shard(rows, hashes, known, codec, path)
+    return {"encoded": 0, "found": 0}
+
+
 def _write_shard(rows, hashes, known, codec, path):
-    """Write the shard of `rows`, and return how many of its clips were encoded and how many were found."""
-    found = [audio for audio in dict.fromkeys(hashes) if audio in known]
-    clips = {audio: clip for audio, clip in zip(found, read_codes([known[audio] for audio in found]), strict=True) if clip}
-    counts, wavs, kept, set_aside = {"found": len(clips)}, {}, [], []
-    for row, audio in zip(rows, hashes, strict=True):
-        try:
-            if audio not in clips and audio not in wavs:
-                wav = read_audio(row["audio_path"], codec.config.sampling_rate)
-                if audio is None:  # it was not there when its bytes were asked for
-                    raise AudioError(f"{row['audio_path']}: it came while others were encoded; run again")
-                wavs[audio] = wav
-            kept.append((row, audio))
-        except AudioError as error:
-            set_aside.append(row | {"reason": str(error)})
-    if wavs:
+    clips = {audio: clip for audio, clip in zip(known, read_codes(list(known.values())), strict=True) if clip}
+    given, faults = read_given(rows, hashes, codec)
+    clips |= given
+    found = len(clips)
+    new = {audio: row["audio_path"] for row, audio in zip(rows, hashes, strict=True)
+           if audio and audio not in clips and "codes_row" not in row}
+    for start in range(0, len(new), WINDOW_CLIPS):
+        batch = list(new)[start : start + WINDOW_CLIPS]
+        read = zip(batch, _read_clips([new[audio] for audio in batch], codec), strict=True)
+        wavs = {audio: wav for audio, wav in read if wav is not None}
         seconds = [len(wav) / codec.config.sampling_rate for wav in wavs.values()]
-        clips |= zip(wavs, zip(encode(codec, list(wavs.values())), seconds, strict=True), strict=True)
-    schema = _SCHEMA.append(_AUDIO)
-    table = pa.Table.from_pylist([
-        {"text": row["text"], "codes": clips[audio][0].tolist(), "speaker_id": str(row["speaker_id"]),
-         "language": row["language"], "duration": clips[audio][1], "audio": audio} for row, audio in kept
-    ], schema)  # fmt: skip
+        if wavs:
+            clips |= zip(wavs, zip(encode(codec, list(wavs.values())), seconds, strict=True), strict=True)
+    kept = [(row, audio) for row, audio in zip(rows, hashes, strict=True) if audio in clips]
+    left = [(row, audio) for row, audio in zip(rows, hashes, strict=True) if audio not in clips]
+    set_aside = [row | {"reason": faults.get(audio) or _find_reason(row, codec)} for row, audio in left]
+    table = pa.Table.from_arrays([
+        pa.array([row["text"] for row, _ in kept], pa.string()), _list_codes([clips[audio][0] for _, audio in kept]),
+        pa.array([str(row["speaker_id"]) for row, _ in kept], pa.string()),
+        pa.array([row["language"] for row, _ in kept], pa.string()),
+        pa.array([clips[audio][1] for _, audio in kept], pa.float64()), pa.array([audio for _, audio in kept], pa.string()),
+    ], schema=_SCHEMA.append(_AUDIO))  # fmt: skip
     _write_table(table.replace_schema_metadata({"set_aside": json.dumps(set_aside, ensure_ascii=False, default=str)}), path)
-    return counts | {"encoded": len(wavs)}
+    return {"encoded": len(clips) - found, "found": found}
+
+
+def _read_clips(files, codec):
+    """Return the samples of each file, None for one that does not read.
+
+    A GPU encodes faster than one core decodes, and is fed by a thread per core; libsndfile and torch let go of the GIL.
+    """
+    def read(file):
+        try:
+            return read_audio(file, codec.config.sampling_rate)
+        except AudioError:
+            return None
+
+    if codec.device.type == "cpu":
+        return list(map(read, files))
+    with ThreadPoolExecutor(count_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(read, files))
+
+
+def _find_reason(row, codec):
+    try:
+        read_audio(row["audio_path"], codec.config.sampling_rate)
+    except AudioError as error:
+        return str(error)
+    return f"{row['audio_path']}: it came while others were encoded; run again"  # its bytes were asked for before
+
+
+def _list_codes(codes):
+    """Return matrices (frames, codebooks) as one column, without a Python number for each code."""
+    frames = np.array([len(code) for code in codes], np.int64)
+    widths = np.repeat([code.shape[1] for code in codes], frames).astype(np.int64)
+    values = pa.array(np.concatenate([code.ravel() for code in codes]) if codes else np.zeros(0, np.uint16), pa.uint16())
+    inner = pa.ListArray.from_arrays(pa.array(np.append(0, widths.cumsum()), pa.int32()), values)
+    return pa.ListArray.from_arrays(pa.array(np.append(0, frames.cumsum()), pa.int32()), inner)
 
 
 def _check_rows(rows):

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, BaseModelError, inner_model, tie_codebooks
-from csm_nb.csm.record import drop_records, set_record
-from csm_nb.csm.speakers import read_speakers
+from csm_nb.csm.record import drop_records, read_entries, set_record
 from csm_nb.csm.tags import TagError, check_before, read_tags
 from csm_nb.csm.weights import hash_weights
 from csm_nb.recipe import TRAINED
@@ -95,7 +94,7 @@ def load_adapter(model, folder, trainable: bool = False, name: str = "default") 
             raise
         raise AdapterError(f"{folder} can not be put on this base ({' '.join(str(error).split())[:300]}); its config and weights "
                            "do not fit each other or the base: fetch or train it again") from error
-    set_record(worn, speakers=read_speakers(folder), tags=read_tags(folder))
+    set_record(worn, **read_entries(folder))
     return worn
 
 
@@ -140,7 +139,7 @@ def _read_adapter(folder):
                            "copied whole; fetch it again, or train it again")
     try:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-        read_speakers(folder)
+        read_entries(folder)
         weights = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # half a file fails in as many ways as there are formats
         raise AdapterError(f"{folder} can not be read ({type(error).__name__}: {error}): half a file, or none of an adapter's; "
@@ -302,7 +301,8 @@ def start_training(model, method: str, before=None, rank: int = 64, alpha: int =
     else:
         model = load_adapter(model, before, trainable=True)
         _check_rows(model, rows, before)
-    set_record(model, speakers=list(speakers) or read_speakers(before), tags=read_tags(before) if tags is None else tags)
+    given = ({"speakers": list(speakers)} if speakers else {}) | ({} if tags is None else {"tags": tags})
+    set_record(model, **read_entries(before) | given)
     return model
 
 

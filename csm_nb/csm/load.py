@@ -13,9 +13,8 @@ from transformers.utils import logging
 
 from csm_nb.clean import clean_text
 from csm_nb.codec.mimi import load_codec
-from csm_nb.csm.record import set_record
-from csm_nb.csm.speakers import read_speakers
-from csm_nb.csm.tags import find_rows, is_row, read_tags
+from csm_nb.csm.record import read_entries, set_record
+from csm_nb.csm.tags import find_rows, is_row
 from csm_nb.csm.weights import list_weights
 from csm_nb.device import pick_device
 from csm_nb.hub import fetch_model
@@ -71,7 +70,7 @@ def load_base(model_id: str = "models/csm-mini", device: str = "auto", dtype: st
         model.codec_model.load_state_dict(load_codec(path).state_dict())
     model = model if four_bit else model.to(device)
     model.loaded_from = path
-    set_record(model, speakers=read_speakers(path), tags=read_tags(path))
+    set_record(model, **read_entries(path))
     return model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path)
 
 

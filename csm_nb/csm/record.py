@@ -12,8 +12,15 @@ def read_record(folder) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
 
+def read_entries(folder) -> dict:
+    """Return the entries of a folder's record that speaking needs: speakers, tags, language, whether texts are read out."""
+    record = read_record(folder)
+    return {"speakers": record.get("speakers", []), "tags": record.get("tags", {}), "language": record.get("language", ""),
+            "read_out": record.get("read_out", False)}
+
+
 def set_record(model, **entries) -> None:
-    """Let `model`, or the active adapter on it, have these entries (speakers, tags), beside those that it has."""
+    """Let `model`, or the active adapter on it, have these entries (read_entries), beside those that it has."""
     inner, name = _find_place(model)
     records = getattr(inner, "records", {})
     inner.records = records | {name: records.get(name, {}) | entries}

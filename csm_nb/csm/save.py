@@ -11,6 +11,7 @@ from peft import PeftModel
 from csm_nb.cards import write_card
 from csm_nb.csm.adapters import check_whole, describe_adapter, describe_base
 from csm_nb.csm.load import BACKBONE_TABLE, DEPTH_TABLE, inner_model, quiet_transformers, tie_codebooks
+from csm_nb.csm.record import get_record
 from csm_nb.csm.speakers import get_speakers, list_speakers, pick_voice
 from csm_nb.csm.tags import get_tags, name_kind, pick_tag
 from csm_nb.csm.weights import list_tensors
@@ -42,9 +43,13 @@ def save_adapter(model: PeftModel, folder, card: dict | None = None, base_id: st
 
 
 def write_record(model, folder, language: str = "") -> None:
-    """Write base.json: the base that an adapter needs (describe_base), its speakers and tags, its language."""
+    """Write base.json: the base that an adapter needs (describe_base), its speakers and tags, its language.
+
+    `read_out` is in it where its texts were trained as they are read out (text.spoken): speaking does the same to a text.
+    """
     record = describe_base(model) | {"speakers": get_speakers(model), "tags": get_tags(model)}
     record |= {"language": language} if language else {}
+    record |= {"read_out": True} if get_record(model).get("read_out") else {}
     (Path(folder) / "base.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from csm_nb.clean import compose
 from csm_nb.csm.record import get_record, read_record, set_record
 from csm_nb.paths import resolve_path
-from csm_nb.provenance import hash_recordings
+from csm_nb.provenance import hash_recordings, hash_value
 from csm_nb.synth.corpus import HELD_OUT_VOICES
 from csm_nb.synth.espeak import VOICES
 
@@ -37,9 +37,11 @@ def number_speakers(rows, corpus: str = "", before=None) -> tuple[list[dict], li
     """
     known = [speaker | {"own": False} for speaker in read_speakers(before)]
     numbers = {(speaker["content"], speaker["speaker"]): speaker["number"] for speaker in known}
-    name, content = _identify(corpus)
-    voices = [(ENGINE if _is_espeak(row) else content, _name(row)) for row in rows]
-    if not content and any(place != ENGINE for place, _ in voices):
+    corpora = {place: _identify(place) for place in {row.get("of_corpus", corpus) for row in rows}}  # of a list each row's own
+    names = {content: name for name, content in corpora.values()}
+    voices = [(ENGINE if _is_espeak(row) else corpora[row.get("of_corpus", corpus)][1], _name(row))
+              for row in rows]
+    if any(not place for place, _ in voices) and any(place != ENGINE for place, _ in voices):
         raise SpeakerError("rows of speakers that are none of espeak-ng's voices need the corpus that they are from, so that "
                            "its speakers are told from those of others: give its manifest.jsonl or folder as `corpus`")
     taken = {*numbers.values(), *range(FIRST)}
@@ -47,8 +49,8 @@ def number_speakers(rows, corpus: str = "", before=None) -> tuple[list[dict], li
         number = int(speaker) if place == ENGINE else next(n for n in range(FIRST, len(taken) + FIRST + 1) if n not in taken)
         taken.add(number)
         numbers[place, speaker] = number
-        known.append({"number": number, "corpus": ENGINE if place == ENGINE else name, "content": place, "speaker": speaker,
-                      "clips": 0, "hours": 0.0, "own": False})
+        known.append({"number": number, "corpus": ENGINE if place == ENGINE else names[place], "content": place,
+                      "speaker": speaker, "clips": 0, "hours": 0.0, "own": False})
     return [row | {"speaker_id": str(numbers[voice])} for row, voice in zip(rows, voices, strict=True)], known
 
 
@@ -57,6 +59,8 @@ def _identify(corpus):
     if not corpus:
         return "", ""
     path = resolve_path(corpus).resolve()
+    if not path.exists():  # a data set of the hub, by its id
+        return corpus, hash_value(corpus)
     path = path / "manifest.jsonl" if (path / "manifest.jsonl").is_file() else path
     return "/".join(path.parts[-2:]).lstrip("/"), hash_recordings(path)
 

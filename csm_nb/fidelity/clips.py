@@ -8,8 +8,8 @@ import pandas as pd
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, read_audio
+from csm_nb.clips.check import check_clips
 from csm_nb.codec.mimi import decode, encode
-from csm_nb.corpora.check import check_clips
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.manifest import read_manifest

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from csm_nb.corpora.check import check_clips
+from csm_nb.clips.check import check_clips
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.fidelity.clips import code_clips, measure_clips, name_clip
 from csm_nb.fidelity.clips import list_unmeasured as list_unmeasured_clips

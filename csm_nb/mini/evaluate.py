@@ -207,6 +207,8 @@ CsmProcessor with chat template); one token is one character. The checkpoint hol
 as a published one may: tie the other after loading (`csm_nb.csm.load.load_base` does). Speakers 0 to 3. All it has heard is
 espeak-ng's English voices; they read English sentences and, so that it learned letters, training sentences of the other
 languages too, as somebody does who knows English only.
+The last 128 rows of its text table, `<|reserved_special_token_0|>` to `_127|>` as Llama 3's tokenizer ships them, are as
+they were drawn: no text uses them, and adapters train them as tags of languages.
 {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB, float16 on disk, to be run in float32.
 
 Made by {_describe_training(training["codec"], "codec")}; then

@@ -182,26 +182,40 @@ def align_text(asr, wav, text: str) -> tuple[list[tuple[float, float, float] | N
     language model or without, which gives no times. Raises ValueError for another, for a text that is too long for the
     clip, and for one of which no letter is known.
     """
+    scores = score_frames(asr, wav)
+    step = len(wav) / SAMPLE_RATE / len(scores)
+    placed = [span and (span[0] * step, span[1] * step, span[2]) for span in place_letters(asr, scores, normalise_text(text))]
+    return placed, asr.tokenizer.decode(scores.argmax(-1).tolist())
+
+
+def score_frames(asr, wav) -> torch.Tensor:
+    """Return the log probabilities (frames, tokens) that a CTC recogniser gives a clip (24 kHz); ValueError for another model."""
     if asr.type not in ("ctc", "ctc_with_lm"):
         raise ValueError(f"a {asr.model.config.model_type} model gives no times; align_model has to be a CTC recogniser")
-    extractor, tokenizer = asr.feature_extractor, asr.tokenizer
+    extractor = asr.feature_extractor
     samples = resample(wav, SAMPLE_RATE, extractor.sampling_rate)
     inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt").to(asr.device)
     with torch.inference_mode():
-        scores = asr.model(**inputs).logits.float().log_softmax(-1).cpu()
-    letters = _find_tokens(tokenizer, normalise_text(text), scores.shape[-1])
-    tokens = [token for token in letters if token is not None]
+        return asr.model(**inputs).logits[0].float().log_softmax(-1).cpu()
+
+
+def place_letters(asr, scores: torch.Tensor, letters: str) -> list[tuple[int, int, float] | None]:
+    """Return (first frame, frame after the last, probability) of each letter (align_text) by the frames' scores.
+
+    By torchaudio's forced alignment, which takes a byte per frame and letter twice. Raises ValueError where no letter is known,
+    or there are too many.
+    """
+    blank, found = asr.tokenizer.pad_token_id, _find_tokens(asr.tokenizer, letters, scores.shape[-1])
+    tokens = [token for token in found if token is not None]
     if not tokens:
-        raise ValueError(f"the recogniser has no letter of {text!r}")
+        raise ValueError(f"the recogniser has no letter of {letters!r:.80}")
     try:
-        path, score = forced_align(scores, torch.tensor([tokens], dtype=torch.int32), blank=tokenizer.pad_token_id)
+        path, score = forced_align(scores[None], torch.tensor([tokens], dtype=torch.int32), blank=blank)
     except RuntimeError as error:
-        raise ValueError(f"{len(tokens)} letters do not fit {scores.shape[1]} frames of the recogniser") from error
-    step = len(wav) / SAMPLE_RATE / scores.shape[1]
-    spans = iter(merge_tokens(path[0], score[0].exp(), blank=tokenizer.pad_token_id))
-    placed = [None if token is None else next(spans) for token in letters]
-    placed = [span and (span.start * step, span.end * step, span.score) for span in placed]
-    return placed, tokenizer.decode(scores[0].argmax(-1).tolist())
+        raise ValueError(f"{len(tokens)} letters do not fit {len(scores)} frames of the recogniser") from error
+    spans = iter(merge_tokens(path[0], score[0].exp(), blank=blank))
+    placed = [None if token is None else next(spans) for token in found]
+    return [span and (span.start, span.end, span.score) for span in placed]
 
 
 def _find_tokens(tokenizer, text, size):

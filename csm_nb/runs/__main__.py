@@ -1,6 +1,7 @@
 """The notebooks without a browser: `python -m csm_nb.runs --langs no sv da --profile mini`."""
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -8,7 +9,7 @@ import sys
 import yaml
 from huggingface_hub import is_offline_mode
 
-from csm_nb import hub, recipe
+from csm_nb import cluster, hub, recipe
 from csm_nb.paths import STAGES, resolve_path
 from csm_nb.processes import count_cores
 from csm_nb.recipe import ParameterError
@@ -27,6 +28,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--corpus", help="the corpus for 03: a manifest.jsonl or a folder, likewise")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a parameter")
     parser.add_argument("--jobs", type=int, help="notebooks side by side (default: as many as cores and languages)")
+    parser.add_argument("--engine", choices=recipe.ENGINES, default="local", help="where notebooks run: here, or on nodes of Ray")
     parser.add_argument("--force", action="store_true", help="run what is done again, beside the old runs")
     options = parser.parse_args(arguments)
     for stage in options.stages:
@@ -40,7 +42,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     options.set = overrides
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
-    options.jobs = options.jobs or min(count_cores(), len(set(options.langs)))
+    most = len(set(options.langs))
+    options.jobs = options.jobs or (most if options.engine == "ray" else min(count_cores(), most))
     return options
 
 
@@ -53,6 +56,14 @@ def check_away(tasks):
                              f"    {commands}\nand copy the folders to models/ here; make models lists what is there")
     if away:
         print(f"from the hub, as they are not under models/: {', '.join(away)} (make models shows sizes and licences)")
+
+
+def connect_ray():
+    """Connect to Ray or start one (cluster.start_ray), for this process and those that it starts."""
+    cluster.start_ray()
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 # KEY=VALUE up to the next KEY=: a value in quotes or brackets may hold anything
@@ -74,7 +85,8 @@ def read_overrides(words) -> dict:
         if key in overrides:
             raise ParameterError(f"--set: {key} is given twice")
         try:
-            overrides[key] = yaml.load(value, StrictLoader) if value else ""
+            read = yaml.load(value, StrictLoader) if value else ""
+            overrides[key] = value if isinstance(read, dict) and value[0] != "{" else read  # a path with a colon in it
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
             raise ParameterError(f"--set {key}={value}: not readable as YAML ({reason}); a list is [1, 8], a text with "
@@ -89,6 +101,8 @@ def main(arguments=None) -> int:
     try:
         tasks = plan_tasks(options.langs, options.stages, options.profile, options.set)
         check_away(tasks)
+        if options.engine == "ray":
+            connect_ray()
     except (ParameterError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -97,7 +111,7 @@ def main(arguments=None) -> int:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     interrupted = False
     try:
-        run_tasks(tasks, options.jobs, options.force)
+        run_tasks(tasks, options.jobs, options.force, options.engine)
     except KeyboardInterrupt:
         interrupted = True
     print()

@@ -22,6 +22,8 @@ import yaml
 from filelock import SoftFileLease
 
 from csm_nb import hub, paths
+from csm_nb.cluster import share_cores
+from csm_nb.corpora import listed
 from csm_nb.paths import STAGES, resolve_path, show_path
 from csm_nb.processes import count_cores, end_processes, identify_process, is_running
 from csm_nb.provenance import hash_folder, read_json, write_json
@@ -89,7 +91,9 @@ def plan_tasks(languages, stages, profile="mini", overrides=None) -> list[Task]:
         if (language, source) in tasks:
             task.needs.append(tasks[language, source])
         elif source:
-            folders.find_inputs(task.params)
+            found = folders.find_inputs(task.params)["init_adapter"]["path"]
+            if source not in STAGES:  # a run of a stage is found by its tag
+                _check_tag(task.params, resolve_path(found))
         if stage == "04_confusion":
             task.needs += [tasks[key] for key in [(language, "03_adapter")] if key in tasks]
             task.after = [other for other in tasks.values() if other.stage == "03_adapter"]
@@ -105,6 +109,16 @@ def _check_used(overrides, stages):
                                  f"stages ({', '.join(stages)}) has it; leave it out, or choose a stage that does")
 
 
+def _check_tag(params, folder):
+    """Refuse an adapter that was trained with other tags than this stage is to train with."""
+    from csm_nb.csm import tags  # peft takes seconds
+
+    try:
+        tags.check_before(tags.read_tags(folder), tags.make_tags(params["tag"], [params["language"], *params["also"]]))
+    except tags.TagError as error:
+        raise ParameterError(f"init_adapter is {params['init_adapter']!r}: {error}") from error
+
+
 def _check_files(params, origins):
     """Refuse recordings without a clip of the language, marks and lexica that can not be read, before anything starts.
 
@@ -113,49 +127,56 @@ def _check_files(params, origins):
     for key in (*RECORDINGS, *FILES):
         if not params.get(key):
             continue
-        found, path = f"{origins.get(key, 'default')}: {key} is {params[key]!r}", resolve_path(params[key])
+        found = f"{origins.get(key, 'default')}: {key} is {params[key]!r}"
+        names = [name for name, _ in listed.split_corpora(params[key])] if key == "corpus" else [params[key]]
+        if any(listed.find_remote(params["language"], name) for name in names if key == "corpus"):
+            continue  # what the hub has is seen when it is fetched
         try:
-            rows = _read_file(key, path, params["language"])
+            rows = _read_file(key, names, [params["language"], *(params.get("also", []) if key == "corpus" else [])])
         except (ValueError, OSError) as error:
             raise ParameterError(f"{found}: {error}") from error
         if key in FILES:
             continue
         if not any(os.path.isfile(row["audio_path"]) for row in rows):
             raise ParameterError(f"{found}: none of its {len(rows)} files is there, such as {rows[0]['audio_path']}")
-        if key == "corpus" and not any(str(row["text"] or "").strip() for row in rows):
+        if key != "corpus" or params.get("pseudo_labels"):  # texts that nobody knows before a recogniser has listened
+            continue
+        if not any(str(row["text"] or "").strip() for row in rows):
             raise ParameterError(f"{found}: none of its {len(rows)} clips has a text: a manifest's `text`, or a .txt beside each "
-                                 "clip of a folder")
-        if key == "corpus":
-            _check_draw(found, path, params)
+                                 "clip of a folder, or pseudo_labels")
+        _check_draw(found, params)
 
 
-def _check_draw(found, path, params):
+def _check_draw(found, params):
     from csm_nb import manifest
-    from csm_nb.corpora import check, sources
+    from csm_nb.clips import check
+    from csm_nb.corpora import sources
 
     try:
-        check.check_enough(sources.load_corpus(path, params["language"], params["corpus_clips"], params["seed"]))
+        check.check_enough(sources.load_corpus(params["corpus"], params["language"], params["corpus_clips"], params["seed"]))
     except manifest.CorpusError as error:
         raise ParameterError(f"{found}, corpus_clips is {params['corpus_clips']}: {error}") from error
 
 
-def _read_file(key, path, language):
+def _read_file(key, names, codes):
     from csm_nb.corpora import sources
     from csm_nb.phonemes import ipa
     from csm_nb.prosody import marks
 
     if key in RECORDINGS:
-        return sources.list_rows(path, language)
+        return sources.list_taught(names, codes)
+    path = resolve_path(names[0])
     return marks.read_marks(path) if key == "marks" else ipa.read_lexicon(path)
 
 
-def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
+def run_tasks(tasks: list[Task], jobs: int, force: bool = False, engine: str = "local") -> None:
     """Run tasks to their end, `jobs` at a time, one of a language and arm at a time; each task then says how it went.
 
-    With `force` what is done is run again, into a folder beside the old one.
+    With `force` what is done is run again, into a folder beside the old one. With the engine ray each runs on a node of the Ray
+    that is connected (cluster.start_ray), which finds this disk at the same place.
     On KeyboardInterrupt the running notebooks are ended, so only they are unfinished, and the interrupt goes on.
     """
-    threads = str(max(1, count_cores() // jobs))
+    threads = str(share_cores(jobs) if engine == "ray" else max(1, count_cores() // jobs))
     try:
         while any(task.state in ("waiting", "running") for task in tasks):
             running = [task for task in tasks if task.state == "running"]
@@ -164,7 +185,7 @@ def run_tasks(tasks: list[Task], jobs: int, force: bool = False) -> None:
                     _end_task(task)
             ready = [task for task in tasks if task.state == "waiting" and _is_ready(task, tasks)]
             if ready and sum(task.state == "running" for task in tasks) < jobs:
-                _start_task(min(ready, key=lambda task: task.stage), threads, force)
+                _start_task(min(ready, key=lambda task: task.stage), threads, force, engine)
             else:
                 time.sleep(0.1)
     except BaseException:  # no notebook outlives this process
@@ -205,7 +226,7 @@ def _is_ready(task, tasks):
     return task.state == "waiting" and over and not busy
 
 
-def _start_task(task, threads, force=False):
+def _start_task(task, threads, force=False, engine="local"):
     for need in task.needs:
         if task.params.get("init_adapter") == need.stage:  # this call's own run, not merely the newest
             task.params = task.params | {"init_adapter": show_path(need.folder / "adapter")}
@@ -243,6 +264,8 @@ def _start_task(task, threads, force=False):
     source = paths.NOTEBOOKS / f"{task.stage}.ipynb"
     command = [sys.executable, "-m", "papermill", source, notebook, "-f", values, "--kernel", "python3"]
     command += ["--cwd", source.parent, "--log-output", "--no-progress-bar"]
+    if engine == "ray":
+        command = [sys.executable, "-m", "csm_nb.cluster", task.folder, *command]
     environment = {"OMP_NUM_THREADS": threads, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning starve each other on a busy machine
     environment |= dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", folders.HANDED_DOWN: str(task.folder)}

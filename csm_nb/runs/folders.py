@@ -13,7 +13,7 @@ from filelock import Timeout
 
 from csm_nb import paths
 from csm_nb.claims import MOMENT, claim, is_held, name_holder
-from csm_nb.corpora.listed import find_listed
+from csm_nb.corpora.listed import find_listed, find_remote, identify_stream, split_corpora
 from csm_nb.hub import find_model, list_models
 from csm_nb.languages import LANGUAGES
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
@@ -114,9 +114,10 @@ def find_inputs(params: dict) -> dict[str, dict]:
         inputs[key] = {"path": ", ".join(shown), "hash": digests[0] if len(digests) == 1 else hash_value(digests)}
     for key in RECORDINGS:
         if params.get(key):
-            content, read = hash_recordings(resolve_path(params[key])), find_listed(params["language"], params[key])
-            read = [read.get("config"), read.get("columns")]  # how it is read changes its rows
-            inputs[key] = {"path": show_path(params[key]), "hash": hash_value([content, read]) if any(read) else content}
+            parts = split_corpora(params[key])
+            parts = [(_hash_corpus(name, params["language"]), hours) for name, hours in parts]
+            one = len(parts) == 1 and parts[0][1] is None
+            inputs[key] = {"path": show_path(params[key]), "hash": parts[0][0] if one else hash_value(parts)}
     for key in FILES:
         if params.get(key):
             path = resolve_path(params[key])
@@ -130,6 +131,15 @@ def find_inputs(params: dict) -> dict[str, dict]:
         if folder.is_dir():
             inputs[folder.name] = {"path": show_path(folder), "hash": hash_folder(folder)}
     return inputs
+
+
+def _hash_corpus(name, language):
+    """Return a hash of one corpus and of how it is read, which changes its rows; of the hub, of its id and that alone."""
+    if remote := find_remote(language, name):
+        return identify_stream(remote)
+    content, entry = hash_recordings(resolve_path(name)), find_listed(language, name)
+    read = [entry.get("config"), entry.get("columns"), *filter(None, [entry.get("filters")])]
+    return hash_value([content, read]) if any(read) else content
 
 
 def name_trained(params: dict, language: str) -> str:

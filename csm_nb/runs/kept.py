@@ -1,6 +1,7 @@
 """What is kept below data/, which runs use it, and what may go: `python -m csm_nb.runs.kept [--clean] [--all] [--runs runs]`."""
 
 import argparse
+import itertools
 import shutil
 import sys
 import time
@@ -9,32 +10,48 @@ from pathlib import Path
 import pandas as pd
 
 from csm_nb.claims import is_held
+from csm_nb.corpora import listed
 from csm_nb.paths import resolve_path, show_path
 from csm_nb.provenance import read_json
 
-KINDS = ("tokens", "trainings", "spoken", "heard")
+KINDS = ("tokens", "trainings", "spoken", "heard", "streams", "clips")
 
 
 def list_kept(runs="runs") -> pd.DataFrame:
     """Return what lies in data/ beside the folder `runs`: kind, place, MB, days since it was written, used by, held.
 
-    `used by` names the runs whose run.json says so; `held` is true while a process works in it.
+    `used by` names the runs whose run.json says so; `held` is true while a process works in it. All clips are one place: of
+    runs with a corpus, which read it again when they are run again.
     """
-    runs = resolve_path(runs)
-    users = {}
+    runs, users, working = resolve_path(runs), {}, set()
+    data = runs.parent / "data"
     for record in sorted(runs.glob("**/run.json")):
-        for places in read_json(record).get("used", {}).values():
-            for place in places:
-                users.setdefault(resolve_path(place), []).append(record.parent.relative_to(runs).as_posix())
+        about, name = read_json(record), record.parent.relative_to(runs).as_posix()
+        drawn = _list_drawn(about.get("params", {}), data)
+        for place in [*map(resolve_path, itertools.chain(*about.get("used", {}).values())), *drawn]:
+            users.setdefault(place, []).append(name)
+        working |= set(drawn) if is_held(record.parent) else set()
     rows = []
-    for place in (path for kind in KINDS for path in sorted((runs.parent / "data" / kind).glob("*/"))):
+    for place in (path for kind in KINDS for path in ([data / kind] if kind == "clips" else sorted((data / kind).glob("*/")))):
+        if not place.is_dir():
+            continue
         files = [file.stat() for file in place.rglob("*") if file.is_file()]
         rows.append({
             "kind": place.parent.name, "place": show_path(place), "MB": sum(file.st_size for file in files) / 1e6,
             "days": (time.time() - max((file.st_mtime for file in files), default=time.time())) / 86400,
-            "used by": ", ".join(users.get(place, [])) or "no run", "held": _is_at_work(place),
+            "used by": ", ".join(users.get(place, [])) or "no run", "held": _is_at_work(place) or place in working,
         })  # fmt: skip
     return pd.DataFrame(rows, columns=["kind", "place", "MB", "days", "used by", "held"])
+
+
+def _list_drawn(params, data):
+    """Return where the clips of a run's corpus are, and the streams (listed.place_stream) that they are from."""
+    if not params.get("corpus"):
+        return []
+    wanted = itertools.product([params["language"], *params.get("also", [])], listed.split_corpora(params["corpus"]))
+    remote = [(listed.find_remote(code, name), code) for code, (name, _) in wanted]
+    return [data / "clips"] + [data / "streams" / listed.place_stream(entry, code, params["seed"]).name
+                               for entry, code in remote if entry]
 
 
 def _is_at_work(place):

@@ -14,7 +14,7 @@ import yaml
 
 from csm_nb import paths
 from csm_nb.clean import EncodingError, read_text
-from csm_nb.corpora.listed import check_listed, list_corpora, take_corpus
+from csm_nb.corpora.listed import check_listed, is_source, list_corpora, take_corpus
 from csm_nb.hub import MODELS, find_model, is_hub_id
 from csm_nb.languages import LANGUAGES, get_language
 from csm_nb.paths import STAGES, TRAINING, resolve_path, show_path
@@ -24,13 +24,17 @@ from csm_nb.text.sentences import count_sentences
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 RECORDINGS = ("audio", "corpus")  # a manifest, or a folder of audio
 FILES = ("lexicon", "marks")
-PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes")  # where a run happens, not what it computes
+# Where a run happens, not what it computes
+PLACES = ("runs_dir", "device", "price_per_hour", "log_seconds", "save_minutes", "workers")
 CHOICES = {"method": ("lora", "full"), "tag": ("none", "text", "token"), "codec_backend": ("transformers", "moshi"),
            "also": tuple(LANGUAGES), "f0_method": ("praat", "pyin", "torchcrepe")}
 # What a number may be (recipe.check_value); those that stand in no row are 0 or more. A recipe's fields say it themselves.
 RANGES = {
     "[1, inf)": "clips anchor_clips synthetic_clips phoneme_clips sentences codebooks",
     "[2, inf)": "corpus_clips",  # one of them is held out
+    "[-40, 0]": "loudness",
+    "[0, 1]": "pseudo_labels max_cer",
+    "[0, 5]": "min_dnsmos margin",
     "[0, 2147483648)": "seed",  # NumPy takes twice that; stages add to it
 }
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
@@ -219,11 +223,13 @@ def check_params(stage: str, values: dict, origins: dict | None = None) -> dict:
             raise ParameterError(f"{found}; allowed is a folder, such as {parameter.default!r}")
         if key in RECORDINGS and value:
             effective[key] = value = take_corpus(found, value, effective["language"], key == "corpus")
-        if key in (*RECORDINGS, *FILES) and value and not resolve_path(value).exists():
+        if key in (*RECORDINGS, *FILES) and value and not (key == "corpus" and is_source(effective["language"], value)) and (
+                not resolve_path(value).exists()):
             allowed = "a file" + " or a folder" * (key == "marks")
             if key in RECORDINGS:
                 names = ", ".join(list_corpora(effective["language"])) or "none"
                 allowed = f"a manifest.jsonl, a folder of audio or of a published corpus, the name of a listed one ({names})"
+                allowed += ", owner/name of the hub" * (key == "corpus")
             raise ParameterError(f"{found}, no {resolve_path(value)} exists; allowed: {allowed}, or empty (relative paths start "
                                  "at the project's root)")
     return effective
@@ -264,6 +270,8 @@ def check_inputs(stage: str, params: dict, origins: dict | None = None) -> None:
     cuda = _count_devices(params["device"], any(wanted.values()), refuse)
     if params.get("f0_method") == "torchcrepe" and importlib.util.find_spec("torchcrepe") is None:
         refuse("f0_method", "it needs a package: uv pip install torchcrepe")
+    if params.get("min_dnsmos") and not all(map(importlib.util.find_spec, ("speechmos", "onnxruntime"))):
+        refuse("min_dnsmos", "it needs the packages speechmos and onnxruntime: make setup EXTRAS=filters")
     for key, package in wanted.items():
         if package and not cuda:
             refuse(key, "it needs an NVIDIA GPU (CUDA), and there is none, or device is cpu")

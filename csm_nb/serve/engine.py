@@ -17,6 +17,8 @@ from csm_nb.serve.voices import Reader, Shelf, count_positions, fill_shelf, list
 from csm_nb.speak.batch import Batch, Utterance
 from csm_nb.speak.generate import SpeechError, check_text, count_frames, make_utterance
 from csm_nb.speak.stream import RAMP
+from csm_nb.text.breaks import split_sentences
+from csm_nb.text.spoken import read_out
 
 LONGEST = 300  # characters that are said at once; longer texts are split at their sentences
 PAUSE = 0.3  # s of silence between the parts of a text that was split
@@ -101,23 +103,22 @@ class Engine:
         reader = shelf.readers[language]
         speaker, tag = reader.pick(voice), pick_tag(reader.tags, language if reader.tags else "")
         with self.reading:
-            parts = self._split(text, language, speaker, tag, count_positions(shelf))
+            parts = self._split(text, language, reader, speaker, tag, count_positions(shelf))
             for part in parts:
                 check_text(self.inner, self.processor, part, speaker, tag)
         return Job(shelf, reader, parts, speaker, tag, seed, int(seconds * self.frame_rate), tell)
 
-    def _split(self, text, language, speaker, tag, positions, longest=LONGEST):
-        """Parts of a text that each fit the model: itself, or its sentences, cut further where one does not fit."""
-        room = positions - count_frames(self.inner, text) - len(encode_text(self.processor, text, speaker, tag))
+    def _split(self, text, language, reader, speaker, tag, positions, longest=LONGEST):
+        """Parts of a text, as the reader was trained to have them, that each fit the model: itself, its sentences, or less."""
+        said = read_out(text, language) if reader.read_out else text
+        room = positions - count_frames(self.inner, said) - len(encode_text(self.processor, said, speaker, tag))
         if len(text) <= longest and room >= 0:
-            return [text]
-        from csm_nb.text.breaks import split_sentences
-
+            return [said]
         parts = [part for part in split_sentences(text, language, longest) if any(map(str.isalnum, part))]
         if not parts:
             raise SpeechError(f"there is nothing to say in {text[:60]!r}: it holds neither letter nor digit")
-        return [piece for part in parts for piece in self._split(part, language, speaker, tag, positions, longest // 2
-                                                                if len(parts) == 1 else longest)]
+        longest = longest // 2 if len(parts) == 1 else longest
+        return [piece for part in parts for piece in self._split(part, language, reader, speaker, tag, positions, longest)]
 
     def submit(self, job: Job) -> None:
         """Let a request wait for its turn. Raises FullError where as many wait as may."""

@@ -67,6 +67,18 @@ def draw_figures(part, x, ax, colour: str, line: str = "-") -> None:
     )  # fmt: skip
 
 
+def draw_hours(hours):
+    """Return a small figure of hours per voice, the one with the most first, and no names; the line is an equal share."""
+    figure, (ax,) = make_figure(width=5, height=2.2)
+    hours = np.sort(np.asarray(hours, float))[::-1]
+    unit, factor = ("hours", 1) if hours.max() >= 1 else ("minutes", 60)
+    ax.bar(np.arange(1, len(hours) + 1), factor * hours, width=0.8 if len(hours) < 60 else 1.0, color=COLOURS[0])
+    ax.axhline(factor * hours.mean(), color=GREY, linestyle="--", linewidth=1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    set_labels(ax, f"{unit.capitalize()} per voice", "voices, by how much they say", unit)
+    return figure
+
+
 def draw_losses(history):
     """Return a figure of a training's losses by step: thin for training, dots for the held-out sentences.
 

@@ -20,7 +20,8 @@ def speak_again(model, processor, texts, language: str, asr, attempts: int = 3, 
     texts, best, spoken, again = list(texts), {}, 0, set()
     wanted = list(range(len(texts)))
     for attempt in range(attempts):
-        said = speak(model, processor, [texts[i] for i in wanted], seed=seed + 1_000_003 * attempt, **how)
+        said = speak(model, processor, [texts[i] for i in wanted], seed=seed + 1_000_003 * attempt, language=language,
+                     **how)
         rates = character_error_rates([texts[i] for i in wanted], transcribe(asr, [one.wav for one in said]), language)
         spoken += len(said)
         for i, one, rate in zip(wanted, said, rates, strict=True):

@@ -8,6 +8,7 @@ import torch
 
 from csm_nb.codec.mimi import decode
 from csm_nb.csm.load import encode_text, inner_model
+from csm_nb.csm.record import get_record
 from csm_nb.csm.speakers import get_speakers, pick_voice
 from csm_nb.csm.tags import get_tags, pick_tag
 from csm_nb.keep import make_once
@@ -16,6 +17,7 @@ from csm_nb.speak.batch import Batch, Sampling, Utterance, draw_numbers
 from csm_nb.speak.decoders import Decoders
 from csm_nb.speak.voice import describe_speech, name_active
 from csm_nb.text.letters import count_letters
+from csm_nb.text.spoken import read_out
 
 # A generous upper bound of speaking time, for the cap: slow speech takes about 0.1 s per letter.
 SECONDS_PER_LETTER, SECONDS_ON_TOP = 0.15, 1.0
@@ -95,6 +97,7 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     speakers = [speaker_ids] * len(texts) if isinstance(speaker_ids, str | int | None) else list(speaker_ids)
     voices = {speaker: pick_voice(known, "" if speaker is None else str(speaker)) for speaker in set(speakers)}
     speakers = [voices[speaker] for speaker in speakers]
+    written, texts = texts, read_texts(model, texts, language)
     inner, sampling, active = inner_model(model), Sampling(temperature, top_k, top_p), name_active(model)
     tag = pick_tag(get_tags(model), language)
     for text, speaker in zip(texts, speakers, strict=True):
@@ -118,8 +121,14 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     said = [None] * len(texts)
     for i, row in zip(order, rows, strict=True):
         codes = np.array(row["codes"], np.uint16)
-        said[i] = Speech(texts[i], decode(inner.codec_model, [codes])[0], codes, row["finish"])
+        said[i] = Speech(written[i], decode(inner.codec_model, [codes])[0], codes, row["finish"])
     return said
+
+
+def read_texts(model, texts, language: str = "") -> list[str]:
+    """Return texts as the model was trained to have them: read out (text.spoken) where its record says so, else as they are."""
+    record = get_record(model)
+    return [read_out(text, language or record["language"]) for text in texts] if record.get("read_out") else list(texts)
 
 
 def make_utterance(decoders: Decoders, inner, processor, text: str, speaker: str, adapter: str = "", tag: str = "",

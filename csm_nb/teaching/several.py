@@ -7,6 +7,7 @@ from IPython.display import display
 from csm_nb.corpora.tokens import read_column
 from csm_nb.judge import judges
 from csm_nb.languages import get_language
+from csm_nb.manifest import CorpusError
 from csm_nb.train import select
 
 
@@ -14,12 +15,16 @@ def balance_hours(rows, languages, seed: int = 0) -> list[dict]:
     """Return clips of `languages` in equal hours, each under the language that it teaches, and say how many there are.
 
     English read with an accent teaches the language of the accent. Every language is drawn down to the hours of the smallest,
-    by `seed`, in the order of `rows`; one language stays whole.
+    by `seed`, in the order of `rows`; one language stays whole. Raises CorpusError where one has none.
     """
     rows = [row | {"language": row.get("accent") or row["language"]} for row in rows]
     taught, seconds = np.array([row["language"] for row in rows]), np.array([row["duration"] for row in rows], float)
     found = {code: seconds[taught == code].sum() for code in languages}
     least, kept = min(found.values()), np.zeros(len(rows), bool)
+    if not least:
+        none = ", ".join(code for code, hours in found.items() if not hours)
+        raise CorpusError(f"no clip that can be used is of {none}, and the adapter is to learn {', '.join(languages)} from equal "
+                          "hours: see why those of it are set aside, or leave it out of `also`")
     for code in languages:
         drawn = np.random.default_rng(seed).permutation(np.flatnonzero(taught == code))
         kept[drawn[seconds[drawn].cumsum() <= least + 1e-6]] = True

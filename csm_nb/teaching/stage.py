@@ -1,7 +1,7 @@
 """What 01, 02 and 03 do alike, a call per cell: load, look at the clips, encode, attach, train, select, judge, save."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,11 @@ import pandas as pd
 from IPython.display import display
 
 from csm_nb.audio import SAMPLE_RATE, AudioError, read_audio
-from csm_nb.codec.mimi import load_codec
-from csm_nb.corpora import check, listed, split, tokens
-from csm_nb.corpora.sources import load_corpus
-from csm_nb.csm import adapters, load, save, speakers, tags
+from csm_nb.clips import check, filters, level
+from csm_nb.codec.mimi import decode, load_codec
+from csm_nb.corpora import listed, sources, split, tokens
+from csm_nb.corpora.codes import read_given
+from csm_nb.csm import adapters, load, record, save, speakers, tags
 from csm_nb.fidelity import gate
 from csm_nb.hub import describe_model
 from csm_nb.judge import judges
@@ -42,6 +43,7 @@ class Clips:
 
     good: list[dict]
     set_aside: list[dict]
+    card: dict = field(default_factory=dict)  # what the adapter's card says of them
 
 
 @dataclass(frozen=True)
@@ -141,35 +143,49 @@ def read_corpus(run: Run) -> tuple[list[dict], dict]:
     Without a corpus, espeak-ng voices that no stage before has used stand in for it, and it says so.
     """
     if run.corpus:
-        rows = [row for code in run.languages for row in load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
-        card = {"data": run.corpus} | listed.describe_licence(run.language, run.corpus, run.corpus_licence)
+        rows = [row for code in run.languages for row in sources.load_corpus(run.corpus, code, run.corpus_clips, run.seed)]
+        card = {"data": sources.describe_data(run.corpus, rows)}
+        card |= listed.describe_licence(run.languages, run.corpus, run.corpus_licence, rows)
     else:
         rows = [row for code in run.languages
                 for row in make_speech(run, code, run.corpus_clips, run.seed + 1, voices=HELD_OUT_VOICES)]
         card = {"data": "espeak-ng voices that no stage before has used, standing in for a real corpus (synthetic)",
                 "licence": f"of the data: {run.corpus_licence or 'synthetic speech'}"}
-    print(f"the corpus: {card['data']}")
+    print(f"the corpus: {card['data']}; licence {card['licence']}")
     return rows, card
 
 
-def check_clips(rows, processor) -> Clips:
+def check_clips(rows, processor, run: Run | None = None) -> Clips:
     """Return the clips that can be trained on, and show what they are: the corpus card, and what is lost.
 
-    Hours, voices and lengths; three clips to hear, a short one, a middling and a long one; how many clips are set aside or
-    remarked on for what, up to three of the former to hear, and each with its reason; the characters that the tokenizer has
-    no token for.
+    Of a `run`, its parameters say how they are cleaned (filters.choose_clips). The card has hours, voices, lengths, characters,
+    loudness and band, with hours per voice as a figure; three clips to hear, a short one, a middling and a long one; how many
+    clips are set aside or remarked on for what, up to three of the former to hear, and each with its reason; the characters that
+    the tokenizer has no token for.
     """
-    clips = Clips(*check.check_clips(rows))
+    settings, language = run.params if run else {}, run.language if run else next((row["language"] for row in rows), "")
+    if settings.get("max_cer") or settings.get("pseudo_labels"):
+        print(f"{run.asr_model} listens to the clips; of a corpus that it was trained on it knows the texts, and lets more pass")
+    clips = Clips(*filters.choose_clips(rows, settings, lambda code: judges.load_asr(run.asr_model, run.device, code),
+                                        Keep(run.data) if run else None))
+    clips = replace(clips, card=check.describe_provenance(clips.good, clips.set_aside, settings))
     seconds = np.array([row["duration"] for row in clips.good])
     print(f"{len(clips.good)} clips, {seconds.sum() / 60:.1f} minutes; {len(clips.set_aside)} set aside")
-    voices = pd.Series([str(row["speaker_id"]) for row in clips.good]).value_counts()
-    card = {"hours": f"{seconds.sum() / 3600:.2f}", "clips": len(seconds), "voices": len(voices),
-            "clips per voice": f"{voices.min()} to {voices.max()}", "different texts": len({row["text"] for row in clips.good}),
+    if done := level.describe_levels(clips.good):
+        print(done)
+    hours = pd.Series(seconds / 3600).groupby([str(row["speaker_id"]) for row in clips.good]).agg(["sum", "size"])
+    card = {"hours": f"{seconds.sum() / 3600:.2f}", "clips": len(seconds), "voices": len(hours),
+            "clips per voice": f"{hours['size'].min()} to {hours['size'].max()}",
+            "different texts": len({row["text"] for row in clips.good}),
             "shortest, s": f"{seconds.min():.1f}", "median, s": f"{np.median(seconds):.1f}", "longest, s": f"{seconds.max():.1f}"}
+    card |= check.describe_texts(clips.good, language) | check.describe_sound(clips.good)
     display(pd.Series(card, name="the corpus").to_frame())
+    display(results.draw_hours(hours["sum"].to_numpy()))
     order = np.argsort(seconds, kind="stable")
     heard = dict.fromkeys(int(order[round(share * (len(order) - 1))]) for share in (0.1, 0.5, 0.9))
-    display(players.players([(clips.good[i]["text"], read_audio(clips.good[i]["audio_path"])) for i in heard], columns=3))
+    heard = [i for i in heard if "codes_row" not in clips.good[i]]  # codes alone have no sound of their own
+    if heard:
+        display(players.players([(clips.good[i]["text"], read_audio(clips.good[i]["audio_path"])) for i in heard], columns=3))
     _show_faults(clips)
     _list_unknown(processor, clips)
     return clips
@@ -198,7 +214,7 @@ def _list_unknown(processor, clips):
 
 def replace_texts(data: Encoded, texts: dict[str, str], processor) -> Encoded:
     """Return the same tokens with other texts (`texts` maps the old ones); shows what the tokenizer has no token for in them."""
-    clips = Clips([row | {"text": texts[row["text"]]} for row in data.clips.good], data.clips.set_aside)
+    clips = replace(data.clips, good=[row | {"text": texts[row["text"]]} for row in data.clips.good])
     _list_unknown(processor, clips)
     return replace(data, clips=clips, **{name: [row | {"text": texts[row["text"]]} for row in getattr(data, name)]
                                          for name in ("train_rows", "valid_rows")})
@@ -214,10 +230,12 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
         write_json(run.dir / "set_aside.json", clips.set_aside)
     before, said = folders.find_adapter(run.params.get("init_adapter", ""), run), _make_tags(run)
     if run.languages[1:] or tags.name_kind(said) != "none":
-        clips = replace(clips, good=several.balance_hours(clips.good, run.languages, run.seed))
+        good = several.balance_hours(clips.good, run.languages, run.seed)
+        hours = f"{sum(row['duration'] for row in good) / 3600:.2f}"
+        clips = replace(clips, good=good, card=clips.card | {"hours": hours})
     good, voices = speakers.number_speakers(clips.good, corpus, before)
     codec = load_codec(run.base_model, run.device)
-    made = tokens.write_tokens(good, codec, run.data)
+    made = tokens.write_tokens(good, codec, run.data, read_recipe(run.params).workers)
     rows = tags.tag_rows(tokens.read_tokens(made["path"], codec), said)
     train_rows, valid_rows, how = split.split_rows(rows, read_recipe(run.params).max_tokens)
     folders.note_used(run, tokens=made["path"])
@@ -226,8 +244,8 @@ def encode_clips(run: Run, clips: Clips, corpus: str = "") -> Encoded:
     voices = speakers.count_speakers(voices, train_rows)
     voice = speakers.pick_voice(voices)
     print(f"speaks as {voice}")
-    display(pd.DataFrame(voices))
-    return Encoded(Clips(good, clips.set_aside), train_rows, valid_rows, Path(made["path"]), voices, voice, before)
+    display(pd.DataFrame(voices).drop(columns=["content", "speaker"]))  # who they are is in base.json: pages are passed on
+    return Encoded(replace(clips, good=good), train_rows, valid_rows, Path(made["path"]), voices, voice, before)
 
 
 def start_training(run: Run, model, processor, data: Encoded) -> Training:
@@ -236,6 +254,7 @@ def start_training(run: Run, model, processor, data: Encoded) -> Training:
     model = adapters.start_training(model, run.params.get("method", "lora"), data.before, recipe.rank, recipe.alpha,
                                     recipe.dropout, recipe.train_mlp, recipe.train_text, data.voices, run.seed,
                                     _make_tags(run), tags.find_rows(processor.tokenizer, _make_tags(run)))
+    record.set_record(model, language=run.language, read_out=run.params.get("read_out", False))
     print(f"goes on from {folders.show_path(data.before) if data.before else 'the base'}{_say_kept(model, recipe, data.before)}")
     display(pd.Series(adapters.describe_adapter(model), name="trained").to_frame())
     texts = [row["text"] for row in data.clips.good]
@@ -323,7 +342,12 @@ def compare_voice(run: Run, training: Training):
     """Return a figure: a clip of the voice, and the same words by the saved weights below it, on one scale."""
     clip = speakers.find_clip(training.data.clips.good, training.data.voice)
     again, = speak(training.model, training.processor, [clip["text"]], training.data.voice, seed=run.seed, keep=training.keep)
-    clips = [("clip", read_audio(clip["audio_path"])), ("adapter", again.wav)]
+    if "codes_row" in clip:  # of a data set of codes alone: what the codec makes of them
+        (codes, _), = read_given([clip], ["clip"], training.model.codec_model)[0].values()
+        wav, = decode(training.model.codec_model, [codes])
+    else:
+        wav = read_audio(clip["audio_path"])
+    clips = [("clip", wav), ("adapter", again.wav)]
     return sound.draw_spectrograms(clips, title=clip["text"])
 
 
@@ -339,13 +363,14 @@ def finish(run: Run, training: Training, trained: dict, table: pd.DataFrame, car
     counted = {"clips": len(training.data.train_rows)}
     before = {"goes on from": training.data.before} if training.data.before else {}
     before |= {"languages": ", ".join(run.languages)} if run.languages[1:] else {}
-    card = {"language": run.language, "stage": run.stage} | before | card | counted | figures
+    card = {"language": run.language, "stage": run.stage} | before | card | training.data.clips.card | counted | figures
     folder = [resolve_path(place) / folders.name_trained(run.params, run.language)] if place else []
     for path in (run.dir / "adapter", *folder):
         save.save_trained(training.model, training.processor, path, card, run.base_model)
         print(f"saved in {folders.show_path(path)}")
     share = adapters.describe_adapter(training.model)["trained parameters (M)"]
     metrics = figures | counted | {"set_aside": len(training.data.clips.set_aside), "trained_parameters_m": share}
+    metrics |= check.count_clips(training.data.clips.good, training.data.clips.set_aside)
     folders.note_used(run, **training.keep.places)
     print(training.keep.describe())
     print(f"{gain['verdict']}: {gain['because']}")

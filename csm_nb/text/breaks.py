@@ -3,9 +3,9 @@
 import re
 
 from csm_nb.languages import get_language
-from csm_nb.text.spoken import list_short
+from csm_nb.text.spoken import list_months, list_short
 
-_END = re.compile(r"[.!?…]+[\"'»«”“’)\]]*(?=\s|$)|\n\s*\n")
+_END = re.compile(r"[.!?…]+[\"'»«”“’)\]]*(?:\u00a0»)?(?=\s|$)|\n\s*\n")
 _INITIAL = re.compile(r"(?:^|[\s(])[^\W\d_]\.$")  # "J. S. Bach"
 _ORDINAL = re.compile(r"(?:^|\s)\d{1,4}\.$")  # "17. mai", and before a name "Karl 12."
 INNER = (r"(?<=[;:])\s", r"(?<=,)\s|\s(?=[–—]\s)", r"\s")  # where a long sentence is cut: the first that helps
@@ -14,15 +14,16 @@ INNER = (r"(?<=[;:])\s", r"(?<=,)\s|\s(?=[–—]\s)", r"\s")  # where a long se
 def split_sentences(text: str, language: str, longest: int = 300) -> list[str]:
     """Return the sentences of `text` in order, together all of its words; none has more than `longest` characters.
 
-    A full stop ends none after an abbreviation of the language (text.spoken), an initial, or a number that a small letter
-    follows. A longer sentence is cut at its semicolons, else its commas, else between words, else anywhere.
+    A full stop ends none after an abbreviation of the language (text.spoken), an initial, or a number that a small letter or
+    a month follows. A longer sentence is cut at its semicolons, else its commas, else between words, else anywhere.
     """
     code, found, start = get_language(language).code, [], 0
+    text = re.sub(r"\s»(?=\s|$)", "\u00a0»", text) if code == "fr" else text  # it closes; elsewhere it may open
     short = [match.span() for match in list_short(code)[0].finditer(text)]
     said = list_short(code)[1]
     for match in _END.finditer(text):
         behind, head = text[match.end() :].lstrip(), text[: match.start() + 1]
-        lower = behind[:1].islower()
+        lower = behind[:1].islower() or re.split(r"\W", behind, maxsplit=1)[0].lower() in map(str.lower, list_months(code))
         span = next((text[first:last] for first, last in short if first <= match.start() < last), "")
         closing = said.get(re.sub(r"\s", "", span), ("", False))[1] and not lower
         stop = match[0][:1] == "." and len(match[0]) == 1

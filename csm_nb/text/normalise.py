@@ -7,7 +7,8 @@ import jiwer
 import numpy as np
 
 from csm_nb.clean import clean_text
-from csm_nb.text.numbers import spell_numbers, unify_numbers
+from csm_nb.text.numbers import unify_numbers
+from csm_nb.text.spoken import read_out
 
 COMPARED = ("Before they are compared, texts lose case and punctuation, and every number, in digits or in words, takes one "
             "written form of its language (“7”, “sju” and “syv” are the same).")  # for the pages that show a CER
@@ -16,13 +17,13 @@ COMPARED = ("Before they are compared, texts lose case and punctuation, and ever
 def normalise_text(text: str, language: str = "") -> str:
     """Return lowercase words only, composed Unicode, single spaces: what two texts are compared by.
 
-    With a `language` its numbers are in words, of one form each (numbers); without one digits stay. Letters keep
+    With a `language` it is as it is read out (spoken), numbers of one form each (numbers); without one digits stay. Letters keep
     their accents, also those that have no composed form; signs are plain (clean_text), and pairs of apostrophes that quote
     are no letters.
     """
     text = clean_text(text)
     if language:
-        text = spell_numbers(text, language)
+        text = read_out(text, language)
     text = unicodedata.normalize("NFC", text.lower())
     text = re.sub(r"(?<!\w)'(\w[^']*\w)'(?!\w)", r" \1 ", text)
     kept = (letter if letter.isalnum() or letter == "'" or unicodedata.category(letter)[0] == "M" else " " for letter in text)

@@ -19,9 +19,9 @@ from csm_nb.provenance import hash_code, hash_file, hash_value, write_json
 from csm_nb.text.sentences import VALIDATION_CLIPS
 
 RECORD = "training.json"
-# Fields of a recipe that move no weight: lines of the log, checkpoints, samples, the choice between checkpoints.
+# Fields of a recipe that move no weight: lines of the log, checkpoints, samples, who encodes, the choice between checkpoints.
 MOVES_NOTHING = {"log_every", "log_seconds", "sample_every", "save_every", "save_minutes", "keep_checkpoints", "price_per_hour",
-                 "choice"}
+                 "choice", "workers"}
 # Fields that the starting weights show: an adapter that is gone on from has its own, whatever the recipe says.
 IN_WEIGHTS = {"rank", "alpha", "dropout", "train_mlp", "train_text", "four_bit", "backend", "dtype"}
 # What the trainer imports and its key holds by content, or that moves no weight: texts, codes and weights as they come out of

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 
 from csm_nb.audio import SAMPLE_RATE, write_audio
+from csm_nb.clips.check import check_clips, list_remarks
 from csm_nb.codec.mimi import load_codec
-from csm_nb.corpora.check import check_clips, list_remarks
 from csm_nb.corpora.sources import load_corpus
 from csm_nb.corpora.tokens import TokensError, read_tokens, write_tokens
 from csm_nb.manifest import SCHEMA, CorpusError, read_manifest, write_manifest
@@ -64,7 +64,10 @@ def test_a_language_is_known_by_any_of_its_usual_names(tmp_path, label):
 def test_a_folder_of_clips_in_another_format_says_which_are_read_and_how_to_convert(tmp_path):
     for name in ("a.m4a", "b.m4a", "a.txt"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(CorpusError, match=r"among 2 .m4a, 1 .txt; clips are .wav .flac .*ffmpeg -i clip.m4a clip.wav"):
+    with pytest.raises(CorpusError, match=r"among 2 .m4a, 1 .txt; clips are .wav .flac .*ffmpeg -i clip.m4a clip.wav\)"):
+        load_corpus(tmp_path, "da")
+    (tmp_path / "a.pcm").write_text("PCM44")  # NST's Swedish voice: its header is described nowhere
+    with pytest.raises(CorpusError, match="-f s16le -ar 44100 -ac 2 -i clip.pcm clip.wav, with -skip_initial_bytes N"):
         load_corpus(tmp_path, "da")
 
 

@@ -1,5 +1,7 @@
 """Published corpora are read as they lie: Common Voice, LJSpeech, Kaldi, Parquet, segments of longer recordings."""
 
+import errno
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,7 +9,7 @@ import pytest
 
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, read_audio, write_audio
-from csm_nb.corpora.check import check_clips
+from csm_nb.clips.check import check_clips
 from csm_nb.corpora.sources import list_rows, load_corpus
 from csm_nb.manifest import CorpusError, write_manifest
 from csm_nb.provenance import hash_recordings
@@ -57,6 +59,13 @@ def test_common_voice_takes_what_was_validated_before_a_part_of_it(tmp_path):
     assert len(load_corpus(tmp_path, "da")) == 1
     make_common_voice(tmp_path, ["En", "To"])
     assert len(load_corpus(tmp_path, "da")) == 2
+
+
+def test_the_folder_above_a_corpus_and_a_file_of_it_are_refused_with_the_one_to_give(tmp_path):
+    corpus = make_common_voice(tmp_path / "cv/da", ["En"])
+    for given in (tmp_path / "cv", corpus / "validated.tsv"):
+        with pytest.raises(CorpusError, match=f"give .*: {corpus}$|such as {corpus}"):
+            load_corpus(given, "da")
 
 
 def test_a_missing_column_is_an_error_that_lists_the_columns_found(tmp_path):
@@ -176,6 +185,50 @@ def test_parquet_audio_may_be_a_file_below_its_folder_and_no_other(tmp_path):
     make_clip(tmp_path / "set/clips/a.wav")
     good, set_aside = check_clips(load_corpus(tmp_path / "set", "da"))
     assert len(good) == 1 and "'../made/0.wav' is no file below its folder" in set_aside[0]["reason"]
+
+
+def break_group(path, group, column):
+    """Overwrite a column of a row group with noise."""
+    metadata = pq.ParquetFile(path).metadata.row_group(group)
+    chunk = next(metadata.column(n) for n in range(metadata.num_columns) if metadata.column(n).path_in_schema.startswith(column))
+    data = bytearray(path.read_bytes())
+    first = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[first : first + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("column", ["text", "audio"])
+def test_a_broken_row_group_sets_its_own_clips_aside_and_no_others(tmp_path, column):
+    make_parquet(tmp_path / "set")
+    break_group(tmp_path / "set/train-00000-of-00001.parquet", 1, column)
+    good, set_aside = check_clips(load_corpus(tmp_path / "set", "da"))
+    assert [row["text"] for row in good] == [f"nummer {number}" for number in (0, 1, 4, 5)]
+    assert [row["kind"] for row in set_aside] == ["unreadable"] * 2
+    assert all("row group 1 of train-00000-of-00001.parquet can not be read" in row["reason"] for row in set_aside)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "segments"])
+def test_a_full_disk_is_an_error_that_keeps_what_was_cut(tmp_path, monkeypatch, layout):
+    if layout == "parquet":
+        make_parquet(tmp_path / "set", 4)
+    else:
+        (tmp_path / "set").mkdir()
+        make_kaldi(tmp_path / "set", make_clip(tmp_path / "long.wav", 4.0))
+    write, written = type(tmp_path).write_bytes, []
+
+    def fail(path, content):
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", fail)
+    with pytest.raises(CorpusError, match=r"No space left on device.; the 1 clips in data/clips stay, .*Make room"):
+        load_corpus(tmp_path / "set", "da")
+    written.clear()
+    monkeypatch.setattr(type(tmp_path), "write_bytes", lambda path, content: written.append(path) or write(path, content))
+    rows = load_corpus(tmp_path / "set", "da")
+    assert len(written) == len(rows) - 1  # what was cut is not cut again
 
 
 def test_a_manifests_start_and_end_cut_a_longer_recording_and_shift_its_windows(tmp_path):

@@ -8,7 +8,7 @@ from conftest import ROOT
 from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, write_audio
 from csm_nb.corpora.listed import check_listed, describe_licence, find_listed, list_corpora, take_corpus
-from csm_nb.corpora.sources import load_corpus
+from csm_nb.corpora.sources import describe_data, load_corpus
 from csm_nb.languages import LANGUAGES
 from csm_nb.recipe import ParameterError
 from csm_nb.runs import folders, params
@@ -107,6 +107,37 @@ def test_a_licence_that_forbids_synthesis_is_refused_for_training_with_the_reaso
         assert params.check_params("00_mimi_sanity", {"language": "da", "audio": corpus})["audio"] == "data/corpora/coral"
 
 
+@pytest.mark.parametrize("corpus", ["CoRal-project/coral-v9", "my/coral/read_aloud", "mine:1, my/coral/read_aloud:2"])
+def test_a_licence_that_forbids_synthesis_forbids_it_for_every_language_and_each_configuration(project, corpus):
+    make_clips(project / "my/coral/read_aloud")
+    make_clips(project / "mine")
+    for language in ("da", "no"):
+        with pytest.raises(ParameterError, match="forbids speech synthesis"):
+            take_corpus("corpus is it", corpus, language)
+
+
+def test_a_card_says_the_licences_that_the_rows_of_a_corpus_say(project):
+    rows = [{"licence": licence} for licence in ("MIT", "GPL-2.0", "MIT", None)]
+    assert describe_licence(["da"], "my/own", rows=rows) == {"licence": "of the data: GPL-2.0, MIT"}
+    assert describe_licence(["da"], "my/own", "CC0", rows) == {"licence": "of the data: CC0"}
+    make_clips(project / "my/own")
+    for text, licence in (
+            ("---\nlicense: cc-by-nc-4.0\n---\n# own", "cc-by-nc-4.0"), ("# own", "not stated"), ("---\n: [", "not stated")):
+        (project / "my/own/README.md").write_text(text)
+        assert describe_licence(["da"], "my/own")["licence"] == f"of the data: {licence}"
+    mine = describe_licence(["da"], "my/own, his", rows=[{"of_corpus": "his", "licence": "CC BY-NC 4.0"}])
+    assert mine["licence"] == "of the data: not stated (own), CC BY-NC 4.0 (his)" and "commercial use" in mine
+
+
+def test_a_name_that_each_language_lists_for_itself_has_the_licences_of_all(project):
+    lent = ENTRY | {"id": "his/nst", "licence": "CC BY-NC 4.0"}
+    (project / "params/no.yaml").write_text(yaml.safe_dump({"language": "no", "corpora": {"nst": lent}}))
+    both = {"licence": "of the data: CC0 (nst), CC BY-NC 4.0 (nst)", "commercial use": "none: the licence of the data forbids it"}
+    assert describe_licence(["da", "no"], "nst") == both and describe_licence(["da"], "nst") == {"licence": "of the data: CC0"}
+    rows = [{"of_corpus": of, "duration": 3600.0, "language": code} for of, code in (("somebody/nst", "da"), ("his/nst", "no"))]
+    assert describe_data("nst:2", rows) == "nst (2.00 h)"
+
+
 def test_what_is_listed_for_evaluation_is_not_trained_on(project):
     with pytest.raises(ParameterError, match="fleurs is listed for evaluate and not for training: no speakers"):
         take_corpus("corpus is 'fleurs'", "fleurs", "da")
@@ -114,10 +145,10 @@ def test_what_is_listed_for_evaluation_is_not_trained_on(project):
 
 def test_the_card_says_the_licence_of_the_data_and_marks_what_is_not_for_commercial_use(project):
     marked = {"commercial use": "none: the licence of the data forbids it"}
-    assert describe_licence("da", "data/corpora/nst") == {"licence": "of the data: CC0"}
-    assert describe_licence("da", "data/corpora/lent") == {"licence": "of the data: a licence of its own"} | marked
-    assert describe_licence("da", "data/corpora/nst", "CC BY-NC 4.0") == {"licence": "of the data: CC BY-NC 4.0"} | marked
-    assert describe_licence("da", "my/nst") == {"licence": "of the data: not stated"} and find_listed("da", "my/nst") == {}
+    assert describe_licence(["da"], "data/corpora/nst") == {"licence": "of the data: CC0"}
+    assert describe_licence(["da"], "data/corpora/lent") == {"licence": "of the data: a licence of its own"} | marked
+    assert describe_licence(["da"], "data/corpora/nst", "CC BY-NC 4.0") == {"licence": "of the data: CC BY-NC 4.0"} | marked
+    assert describe_licence(["da"], "my/nst") == {"licence": "of the data: not stated"} and find_listed("da", "my/nst") == {}
     make_clips(project / "data/corpora/lent")
     given = {"corpus": "data/corpora/lent", "corpus_licence": "", "corpus_clips": 5, "seed": 0}
     run = Run("03_adapter", "da", project, given, {})

@@ -77,6 +77,22 @@ def test_a_split_follows_from_the_rows_and_the_seed_in_whatever_order_they_are()
     assert held[0] == held[1] == held[2] != held[3]
 
 
+@pytest.mark.parametrize("speakers", [1, 4])
+def test_where_clips_are_added_those_held_out_leave_only_for_new_ones(speakers):
+    for before, after in ((800, 850), (800, 1000), (2000, 2500)):
+        rows = make_rows(after, lambda i: i % speakers, lambda i: i)
+        held = [{(row["speaker_id"], row["text"]) for row in split_rows(given)[1]} for given in (rows[:before], rows)]
+        old = {(row["speaker_id"], row["text"]) for row in rows[:before]}
+        assert len(held[0] - held[1]) <= len(held[1] - old) and len(held[0] & held[1]) >= 0.7 * len(held[0])
+
+
+def test_where_speakers_are_added_those_held_out_stay_but_for_few():
+    rows = make_rows(6000, lambda i: i // 20, lambda i: i)
+    held = [{row["speaker_id"] for row in split_rows(rows[: 20 * speakers])[1]} for speakers in range(200, 300, 10)]
+    moved = [len(before - after) for before, after in zip(held, held[1:], strict=False)]
+    assert max(moved) <= 2 and sum(moved) <= len(held)  # of seven: as many as new ones come before
+
+
 def test_two_spellings_of_the_same_words_are_one_sentence():
     texts = ["Hei, du!", "hei du", "HEI DU.", "På fjellet", "pa\u030a fjellet", "1905", "1906"]
     train, held, _ = split_rows([{"speaker_id": "0", "text": text} for text in texts])

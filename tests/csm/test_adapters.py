@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from csm_nb.csm.adapters import AdapterError, add_adapter, describe_base, load_adapter, load_full, remove_adapters
 from csm_nb.csm.load import BACKBONE_TABLE, load_base
+from csm_nb.csm.record import set_record
 from csm_nb.csm.save import save_adapter, save_base
 from csm_nb.csm.weights import hash_weights, list_weights
 from csm_nb.paths import ROOT
@@ -163,6 +164,14 @@ def test_an_adapter_that_was_never_trained_is_refused(base, tmp_path):
     folder = save_adapter(add_adapter(base, 4, 8, 0.0), tmp_path / "lora_no")
     with pytest.raises(AdapterError, match="changes nothing"):
         load_adapter(load_base("models/csm-mini", "cpu")[0], folder)
+
+
+def test_the_record_of_an_adapter_says_where_its_texts_were_read_out(base, tmp_path):
+    model = add_adapter(base, 4, 8, 0.0)
+    for read_out in (False, True):
+        set_record(model, read_out=read_out)
+        record = json.loads((save_adapter(model, tmp_path / "lora_no") / "base.json").read_text())
+        assert record.get("read_out", False) == read_out
 
 
 def test_an_adapter_whose_text_table_alone_was_trained_changes_something(base, tmp_path):

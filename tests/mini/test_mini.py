@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import MimiModel
 
+from csm_nb.csm.load import load_base
 from csm_nb.csm.save import save_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.mini import __main__
-from csm_nb.mini.base import SPECIAL, build_model, build_processor
+from csm_nb.mini.base import RESERVED, SPECIAL, build_model, build_processor, reserve_rows
 from csm_nb.mini.codec import (
     FRAME,
     SpectralLoss,
@@ -155,6 +156,16 @@ def test_every_letter_and_phoneme_of_a_language_has_a_token_of_its_own(code):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.convert_tokens_to_ids(SPECIAL[4]) not in ids, text
         assert tokenizer.decode(ids) == text
+
+
+def test_the_shipped_base_has_the_tokens_and_rows_that_the_recipe_appends():
+    model, processor = load_base("models/csm-mini", "cpu")
+    table, tokens = model.embed_text_tokens.weight.detach(), processor.tokenizer.get_vocab()
+    assert tokens == build_processor().tokenizer.get_vocab() and len(tokens) == len(table) == model.config.text_vocab_size
+    assert [tokens[name] for name in RESERVED] == [*range(len(table) - len(RESERVED), len(table))]
+    model.embed_text_tokens = torch.nn.Embedding.from_pretrained(table[: -len(RESERVED)])
+    reserve_rows(model)
+    assert torch.equal(model.embed_text_tokens.weight.half(), table.half())
 
 
 def test_the_saved_base_is_laid_out_as_a_published_one(codec, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from csm_nb.claims import hold
+from csm_nb.corpora.listed import place_stream
 from csm_nb.provenance import write_json
 from csm_nb.runs.kept import clean, find_free, list_kept
 
@@ -29,6 +30,21 @@ def test_what_is_kept_is_listed_with_its_size_and_the_runs_that_use_it(tmp_path)
     assert list(kept["used by"]) == ["no run", "da/01/abc", "no run"] and list(kept.MB) == [2.0] * 3
     assert list(kept.kind) == ["tokens", "tokens", "trainings"] and not kept.held.any()
     assert list_kept(tmp_path / "none" / "runs").empty
+
+
+def test_streams_and_clips_are_of_the_runs_whose_corpus_they_are(tmp_path):
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    streams = [data / "streams" / place_stream({"id": name}, "da", 3).name for name in ("me/mine", "me/other")]
+    for place in (*streams, data / "clips"):
+        place.mkdir(parents=True)
+        (place / "a").write_bytes(bytes(1_000_000))
+    assert find_free(list_kept(runs)).place.tolist() == [str(place) for place in (*sorted(streams), data / "clips")]
+    (runs / "no/03/abc").mkdir(parents=True)
+    params = {"corpus": f"me/mine:1, {tmp_path}", "language": "no", "also": ["da"], "seed": 3}
+    write_json(runs / "no/03/abc/run.json", {"params": params})
+    assert find_free(list_kept(runs)).place.tolist() == [str(streams[1])]
+    with hold(runs / "no/03/abc"):
+        assert find_free(list_kept(runs), everything=True).place.tolist() == [str(streams[1])]
 
 
 def test_only_what_no_run_uses_and_nobody_works_in_goes(tmp_path):

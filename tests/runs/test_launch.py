@@ -28,7 +28,8 @@ def make_run(folder, **changes):
     folder.mkdir(parents=True)
     params = {name: parameter.default for name, parameter in read_cell("01_anchor").items()}
     given = {"steps": 3, "rank": 4, "alpha": 8, "max_tokens": 128, "log_every": 1} | changes
-    params |= {"device": "cpu", "method": given.pop("method", "lora"), "tag": given.pop("tag", "none"), "recipe": given}
+    params |= {"language": "no", "device": "cpu", "method": given.pop("method", "lora"), "tag": given.pop("tag", "none")}
+    params["recipe"] = given
     params["runs_dir"] = str(folder.parent / "runs")
     write_json(folder / "run.json", {"status": "running", "stage": "01_anchor", "language": "no", "params": params,
                                      "inputs": {"base_model": {"path": "models/csm-mini", "hash": ""}},

@@ -141,6 +141,8 @@ def test_a_wrong_value_is_refused_with_origin_key_value_and_what_is_allowed(here
     ("02_synthetic", "init_adapter", "02_synthetic", r"trains before 02_synthetic \(01_anchor\), the folder of an"),
     ("03_adapter", "init_adapter", "04_confusion", r"trains before 03_adapter \(01_anchor, 02_synthetic\), the folder"),
     ("01_anchor", "runs_dir", "", "allowed is a folder, such as 'runs'"),
+    ("03_adapter", "loudness", 23.0, "allowed is from -40 to 0"), ("03_adapter", "margin", -0.1, "allowed is from 0 to 5"),
+    ("03_adapter", "pseudo_labels", 80, "allowed is from 0 to 1"), ("03_adapter", "min_dnsmos", 6.0, "allowed is from 0 to 5"),
     ("01_anchor", "max_tokens", 1, "allowed is from 64 on"),
     ("01_anchor", "lr", 0, "allowed is above 0 to 1"),
     ("01_anchor", "lr", float("nan"), "allowed is above 0 to 1"),
@@ -187,6 +189,7 @@ def test_every_number_of_every_notebook_has_its_range_stated():
     ("01_anchor", {"codebook_weights": [0] * 8}, "not all 0"),
     ("01_anchor", {"four_bit": True, "device": "cpu"}, "four_bit is True: it needs an NVIDIA GPU"),
     ("01_anchor", {"backend": "unsloth", "device": "cpu"}, "backend is 'unsloth': it needs an NVIDIA GPU"),
+    ("03_adapter", {"min_dnsmos": 2.5}, "needs the packages speechmos and onnxruntime: make setup EXTRAS=filters"),
     ("04_confusion", {"sentences": 1900}, "the templates of English hold .* held-out"),
     ("05_phonemes", {"sentences": 4000}, "sentences is 4000: the templates of Danish"),
     ("01_anchor", {"device": "cuda"}, "device is 'cuda': there is no CUDA device; allowed are auto and cpu$"),
@@ -406,7 +409,7 @@ def test_what_takes_long_to_hash_is_remembered_and_read_again_when_its_time_chan
     clip.write_bytes(b"12")
     os.utime(clip, (1, 1))
     monkeypatch.setattr(provenance.time, "time", lambda: float(next(now)))
-    monkeypatch.setattr(provenance, "hash_file", lambda path, _: read.append(path) or "x")
+    monkeypatch.setattr(provenance, "_hash_bytes", lambda path: read.append(path) or "x")
     for _ in range(2):
         provenance.hash_recordings(here / "clips")
     assert read == [clip]

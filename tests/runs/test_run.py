@@ -313,7 +313,7 @@ def pretended(monkeypatch):
     """Run tasks without notebooks; return (what started, in order; how many ran beside each; what is to fail)."""
     started, beside, failing, now = [], [], set(), []
 
-    def start_task(task, threads, force):
+    def start_task(task, threads, force, engine):
         assert task.language not in [language for language, _ in now]
         task.state, task.process = "running", Ended()
         now.append((task.language, task.stage))
@@ -377,6 +377,8 @@ def test_every_stage_of_every_shipped_language_passes_the_check():
     (["corpus_licence='a b=1' method=full"], {"corpus_licence": "a b=1", "method": "full"}),
     (['compare=["no", "sv"]'], {"compare": ["no", "sv"]}),
     (["corpus=/it's here/m.jsonl"], {"corpus": "/it's here/m.jsonl"}),
+    (["corpus=/my corpus, æøå: nr 1/m.jsonl", "engine={name: azure}"],
+     {"corpus": "/my corpus, æøå: nr 1/m.jsonl", "engine": {"name": "azure"}}),
     (["lr=3.0e-4", "lid_model=~/a-b/c"], {"lr": 3e-4, "lid_model": "~/a-b/c"}),
     ([" "], {}),
 ])  # fmt: skip

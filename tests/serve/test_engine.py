@@ -58,6 +58,7 @@ def alone(adapters):
 
 def test_every_answer_is_what_speak_says_of_the_request_alone_with_its_seed(engine, alone):
     asked = [(text, LANGUAGES[number % 4], number // 4) for number, text in enumerate(TEXTS)]
+    asked += [("Det var 12 katter.", language, 0) for language in ("no", "sv")]  # the Swedish one is read out
     jobs = [ask(engine, text, language, seed=seed) for text, language, seed in asked]
     step_until(engine, lambda: not engine.waiting and not engine.count_taken())
     for (job, told), request in zip(jobs, asked, strict=True):
@@ -153,12 +154,16 @@ def test_what_was_spoken_is_let_go_of_at_once(engine):
 
 
 def test_a_long_text_is_split_at_its_sentences_and_nothing_of_it_is_lost(engine):
-    pytest.importorskip("csm_nb.text.breaks")
     text = " ".join(make_sentences("en", 12, 0, "validation")) + " The number is 1234567890, and 9876543210 is the other one."
     assert len(text) > 300
     parts = engine.prepare(text, "en", "", 0, 30.0, print).parts
     assert "".join(" ".join(parts).split()) == "".join(text.split()) and len(parts) > 12
     assert engine.prepare(text[:300], "en", "", 0, 30.0, print).parts == [text[:300]]
+
+
+def test_a_text_is_read_out_to_an_adapter_that_was_trained_so_before_it_is_measured(engine):
+    assert engine.prepare("Vi har 12 katter.", "sv", "", 0, 30.0, print).parts == ["Vi har tolv katter."]
+    assert engine.prepare("Vi har 12 katter.", "no", "", 0, 30.0, print).parts == ["Vi har 12 katter."]
 
 
 def test_parts_are_said_one_after_the_other_with_a_pause_between_and_each_is_what_it_is_alone(engine, alone):

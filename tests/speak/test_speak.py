@@ -8,6 +8,7 @@ import torch
 
 from csm_nb.csm.adapters import load_adapter, start_training
 from csm_nb.csm.load import load_base
+from csm_nb.csm.record import set_record
 from csm_nb.csm.save import save_adapter
 from csm_nb.speak.batch import sample
 from csm_nb.speak.generate import SpeechError, cap_seconds, speak
@@ -137,3 +138,15 @@ def test_base_and_adapter_speak_in_every_dtype_with_a_text_table_and_without(dty
     assert speak(model, processor, TEXTS[:1])[0].ended  # as SpeakSamples does in the middle of a training
     loaded = load_adapter(load_base("models/csm-mini", "cpu", dtype)[0], save_adapter(model, tmp_path / "lora_en"))
     assert speak(loaded, processor, TEXTS[:1])[0].ended
+
+
+def test_a_text_is_read_out_where_the_record_says_that_it_was_trained_so(base):
+    model, processor = base
+    plain = speak(model, processor, ["Take 5 kg.", "Take five kilograms."], temperature=0)
+    try:
+        set_record(model, read_out=True, language="en")
+        said = speak(model, processor, ["Take 5 kg."], temperature=0)[0]
+    finally:
+        set_record(model, read_out=False)
+    assert said.text == "Take 5 kg." and np.array_equal(said.codes, plain[1].codes)
+    assert not np.array_equal(said.codes, plain[0].codes)

@@ -356,7 +356,7 @@ def test_sentences_that_choose_and_report_are_read_nowhere_else():
 def test_a_clip_that_babbles_counts_as_one(monkeypatch):
     given = {}
 
-    def speak(model, processor, texts, speaker, seed, keep):
+    def speak(model, processor, texts, speaker, seed, keep, language):
         given.update(texts=texts, speaker=speaker, seed=seed)
         return [SimpleNamespace(wav=np.zeros(9), ended=ended) for ended in (True, True, False)]
 

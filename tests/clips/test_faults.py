@@ -1,15 +1,20 @@
 """Every fault that is planted into a corpus is named with its kind, and every good clip stays."""
 
+import importlib.util
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import soundfile
 
+from csm_nb import paths
 from csm_nb.audio import SAMPLE_RATE, resample, write_audio
-from csm_nb.corpora.check import check_clips, count_kinds, list_remarks
-from csm_nb.corpora.faults import CLIPPED_BOUND, find_flaws, find_pace_fault, find_sound_fault
+from csm_nb.clips.check import check_clips, count_kinds, list_remarks
+from csm_nb.clips.faults import CLIPPED_BOUND, find_flaws, find_pace_fault, find_sound_fault
 from csm_nb.csm.load import load_base
 from csm_nb.languages import LANGUAGES
 from csm_nb.manifest import CorpusError, read_manifest
+from csm_nb.paths import ROOT
 from csm_nb.synth.corpus import make_corpus
 from csm_nb.synth.espeak import VOICES, speak_text
 from csm_nb.teaching import stage
@@ -162,3 +167,30 @@ def test_a_stage_shows_how_many_are_left_out_for_what_and_plays_three_of_them(co
     tables = [table for table in shown if "kind" in getattr(table, "columns", ())]
     assert [len(table) for table in tables] == [11, len(bad)]
     assert [page.data.count("<audio") for page in shown if hasattr(page, "data")] == [3, 3]
+
+
+def test_a_stage_cleans_clips_as_its_parameters_say_and_its_card_says_it(corpus, monkeypatch, tmp_path, capsys):
+    shown = []
+    monkeypatch.setattr(stage, "display", shown.append)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    rows = [corpus[0][0] | {"text": "Den koster 5 kr."}, *corpus[0][1:]]
+    settings = {"read_out": True, "margin": 0.05, "loudness": -23.0, "keep_repeats": False, "max_cer": 0.0}
+    run = SimpleNamespace(params=settings, language="da", data=tmp_path / "data", asr_model="models/asr-mini", device="cpu")
+    clips = stage.check_clips(rows, load_base(ROOT / "models/csm-mini", "cpu")[1], run)
+    assert (clips.good[0]["text"], clips.good[0]["written"]) == ("Den koster fem kroner.", "Den koster 5 kr.")
+    assert clips.card["processing"] == "margin 0.05 s, loudness -23 LUFS, read_out" and clips.card["set aside"] == "none"
+    assert "gain: " in capsys.readouterr().out
+    card = shown[0]["the corpus"]
+    assert card["loudness, LUFS"].startswith("-23.0") and card["voices"] == 4 and card["letters beyond the alphabet"] == "none"
+    assert [bar.get_height() for bar in shown[1].axes[0].patches] == sorted(
+        (bar.get_height() for bar in shown[1].axes[0].patches), reverse=True)
+
+
+def test_of_330_clips_every_planted_fault_is_named_and_no_good_clip_is(tmp_path):
+    place = importlib.util.spec_from_file_location("faults", ROOT / "bench" / "faults.py")
+    bench = importlib.util.module_from_spec(place)
+    place.loader.exec_module(bench)
+    planted = bench.plant_faults(tmp_path, 330, 0.1)
+    assert sum(kind == "" for _, kind in planted) == 297 and {kind for _, kind in planted} == {"", *bench.FAULTS}
+    counts = bench.count_found(planted)
+    assert (counts.right == counts.clips).all() and len(counts) == 12

@@ -60,9 +60,13 @@ def find_pace_fault(row, seconds: float) -> tuple[str, str] | None:
 
 def find_level_fault(wav, min_seconds: float, max_seconds: float) -> tuple[str, str] | None:
     """Return (kind, reason) where samples are silent, or fewer or more than allowed: no use for anything."""
-    seconds = len(wav) / SAMPLE_RATE
     if np.abs(wav).max() < SILENCE:
         return "silent", f"silent (its peak is {np.abs(wav).max():.5f}; at least {SILENCE:g} is speech)"
+    return find_length_fault(len(wav) / SAMPLE_RATE, min_seconds, max_seconds)
+
+
+def find_length_fault(seconds: float, min_seconds: float, max_seconds: float) -> tuple[str, str] | None:
+    """Return (kind, reason) where a clip is shorter or longer than allowed."""
     if not min_seconds <= seconds <= max_seconds:
         return "too short" if seconds < min_seconds else "too long", (
             f"{seconds:.2f} s long; allowed are {min_seconds:g} to {max_seconds:g} s")
