@@ -3,7 +3,7 @@
 It starts a server of its own with three adapters that say something else than the base, and asks for streams of samples in
 three languages: open-loop (Poisson: clients that come whether or not others were served), and clients in a circle that ask
 again as soon as they were served. Each answer is held against the same request spoken alone. Playback begins with the first
-piece; the first audible sample is the first above 1 % of full scale, at the time that it is played.
+piece, or --buffer later; the first audible sample is the first above 1 % of full scale, at the time that it is played.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def start_server(args, folder):
         time.sleep(0.2)
 
 
-async def ask(client, body):
-    """Return (status, samples, seconds to the first piece, to the first audible sample, leading silence, stalls, all)."""
+async def ask(client, body, buffer=0.0):
+    """Return an answer: status, data (samples), stalls, and in s first piece, first audible sample, silence before it, length."""
     start, pieces = time.perf_counter(), []
     async with client.stream("POST", "/v1/audio/speech", json=body) as answer:
         async for piece in answer.aiter_bytes():
@@ -72,12 +72,12 @@ async def ask(client, body):
     data = b"".join(piece for _, piece in pieces)
     if answer.status_code != 200:
         return {"status": answer.status_code}
-    wav, (clock, _) = np.frombuffer(data, "<i2"), pieces[0]
-    first, stalls, samples = clock, 0, 0
+    wav, first = np.frombuffer(data, "<i2"), pieces[0][0]
+    clock, stalls, samples = first + buffer, 0, 0
     audible = int(np.argmax(np.abs(wav) > SILENT * 2**15))
     heard = None
     for arrived, piece in pieces:
-        stalls += arrived > clock + 1e-3
+        stalls += arrived > clock + 1e-3 and samples > audible  # in silence before speech nobody hears it
         clock = max(clock, arrived)
         if heard is None and samples + len(piece) // 2 > audible:
             heard = clock + (audible - samples) / RATE
@@ -93,23 +93,23 @@ def make_requests(count):
              "seed": n, "response_format": "pcm", "stream_format": "audio"} for n in range(count)]
 
 
-async def run_open(client, bodies, rate):
+async def run_open(client, bodies, rate, buffer=0.0):
     """Ask as a Poisson process of `rate` requests per second does."""
     draw, tasks = random.Random(0), []
     for body in bodies:
-        tasks.append(asyncio.create_task(ask(client, body)))
+        tasks.append(asyncio.create_task(ask(client, body, buffer)))
         await asyncio.sleep(draw.expovariate(rate))
     return await asyncio.gather(*tasks)
 
 
-async def run_circle(client, bodies, clients):
+async def run_circle(client, bodies, clients, buffer=0.0):
     """Ask by so many clients, each again as soon as it was served."""
     waiting, answers = list(enumerate(bodies)), [None] * len(bodies)
 
     async def go_round():
         while waiting:
             number, body = waiting.pop(0)
-            answers[number] = await ask(client, body)
+            answers[number] = await ask(client, body, buffer)
 
     await asyncio.gather(*(go_round() for _ in range(clients)))
     return answers
@@ -142,25 +142,26 @@ async def measure_hang_up(client, body):
 async def measure(args, address, process):
     distinct = make_requests(args.distinct)
     bodies = [distinct[n % len(distinct)] for n in range(args.requests)]
-    limits = httpx.Limits(max_connections=None)
+    limits, buffer = httpx.Limits(max_connections=None), args.buffer / 1000
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         print("| load | asked | spoken | 503 | other | not as alone | first piece, ms p50 / p95 | first audible, ms | "
               "silence before, ms | streams that stall | audio-s/s |\n|" + " --- |" * 11)
         start = time.perf_counter()
-        alone = await run_circle(client, distinct, 1)
+        alone = await run_circle(client, distinct, 1, buffer)
         report("one client", alone, alone, time.perf_counter() - start)
-        runs = [(f"open, {rate:g} requests/s", run_open(client, bodies, rate)) for rate in args.rates]
-        runs.append((f"{args.clients} clients in a circle", run_circle(client, bodies, args.clients)))
-        runs.append((f"{args.requests} at once, queue of {args.queue}", run_open(client, bodies, 1e6)))
+        runs = [(f"open, {rate:g} requests/s", run_open(client, bodies, rate, buffer)) for rate in args.rates]
+        runs.append((f"{args.clients} clients in a circle", run_circle(client, bodies, args.clients, buffer)))
+        runs.append((f"{args.requests} at once, queue of {args.queue}", run_open(client, bodies, 1e6, buffer)))
         for name, run in runs:
             start = time.perf_counter()
             report(name, await run, alone, time.perf_counter() - start)
         hung = [await measure_hang_up(client, distinct[0]) for _ in range(20)]
         print(f"\nhung up: the row is free after {np.median(hung):.0f} ms, at most {max(hung):.0f} (20 times)")
         short = [body | {"max_audio_length_ms": 400} for body in distinct]
-        for count in (args.memory // 10, args.memory - args.memory // 10) if args.memory else ():
-            await run_circle(client, [short[n % len(short)] for n in range(count)], args.clients)
-            print(f"{psutil.Process(process.pid).memory_info().rss / 1e6:.0f} MB after {count} more requests")
+        for quarter in range(4 if args.memory else 0):
+            await run_circle(client, [short[n % len(short)] for n in range(args.memory // 4)], args.clients)
+            used = psutil.Process(process.pid).memory_info().rss / 1e6
+            print(f"{used:.0f} MB after {(quarter + 1) * args.memory // 4} more requests", flush=True)
 
 
 def main():
@@ -174,6 +175,7 @@ def main():
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--queue", type=int, default=32)
+    parser.add_argument("--buffer", type=float, default=0.0, help="ms that a player waits after the first piece")
     parser.add_argument("--memory", type=int, default=1000, help="requests over which memory is looked at; 0: none")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,6 @@ from csm_nb.speak.generate import SpeechError
 
 SILENT = 0.01  # of full scale; what is quieter is not heard as the beginning of speech
 GONE = "gone"  # the finish of what nobody waits for any more
-HUNG_UP = Refusal(499, "the client has hung up")  # which it does not hear
 log = logging.getLogger("uvicorn.error")
 
 
@@ -84,7 +83,7 @@ async def say_whole(server: Server, request: Request, job: Job, events, kind: st
     headers, about = describe(server, job)
     wavs = [wav async for wav in listen(server, request, job, events)]
     if not wavs:
-        raise HUNG_UP
+        raise Refusal(499, "the client has hung up")
     encoder, wav = Encoder(kind, server.engine.rate, about, False), np.concatenate(wavs)
     encoder.feed(wav)
     return Response(encoder.close(), media_type=FORMATS[kind][2], headers=headers | {"X-Finish": job.finish}), wav
@@ -96,7 +95,7 @@ async def say_while_it_comes(server: Server, request: Request, job: Job, events,
     wavs = listen(server, request, job, events)
     first = await anext(wavs, None)  # an error before is an answer of its own
     if first is None:
-        raise HUNG_UP
+        raise Refusal(499, "the client has hung up")
 
     async def encode():
         async with aclosing(wavs):

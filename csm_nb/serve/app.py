@@ -120,7 +120,7 @@ async def healthz():
 async def ready(request: Request):
     """Say that a sentence was spoken; 503 until then."""
     engine = request.app.state.server.engine
-    if not engine.ready:
+    if not engine.ready or not engine.threads[0].is_alive():
         raise Refusal(503, f"no sentence could be spoken ({engine.fault})" if engine.fault else "no sentence was spoken yet")
     return {"status": "ready"}
 

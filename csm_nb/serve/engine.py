@@ -17,6 +17,8 @@ from csm_nb.serve.voices import Reader, Shelf, count_positions, fill_shelf, list
 from csm_nb.speak.batch import Batch, Utterance
 from csm_nb.speak.generate import SpeechError, check_text, count_frames, make_utterance
 from csm_nb.speak.stream import RAMP
+from csm_nb.text.breaks import split_sentences
+from csm_nb.text.spoken import read_out
 
 LONGEST = 300  # characters that are said at once; longer texts are split at their sentences
 PAUSE = 0.3  # s of silence between the parts of a text that was split
@@ -101,23 +103,22 @@ class Engine:
         reader = shelf.readers[language]
         speaker, tag = reader.pick(voice), pick_tag(reader.tags, language if reader.tags else "")
         with self.reading:
-            parts = self._split(text, language, speaker, tag, count_positions(shelf))
+            parts = self._split(text, language, reader, speaker, tag, count_positions(shelf))
             for part in parts:
                 check_text(self.inner, self.processor, part, speaker, tag)
         return Job(shelf, reader, parts, speaker, tag, seed, int(seconds * self.frame_rate), tell)
 
-    def _split(self, text, language, speaker, tag, positions, longest=LONGEST):
-        """Parts of a text that each fit the model: itself, or its sentences, cut further where one does not fit."""
-        room = positions - count_frames(self.inner, text) - len(encode_text(self.processor, text, speaker, tag))
+    def _split(self, text, language, reader, speaker, tag, positions, longest=LONGEST):
+        """Parts of a text, as the reader was trained to have them, that each fit the model: itself, its sentences, or less."""
+        said = read_out(text, language) if reader.read_out else text
+        room = positions - count_frames(self.inner, said) - len(encode_text(self.processor, said, speaker, tag))
         if len(text) <= longest and room >= 0:
-            return [text]
-        from csm_nb.text.breaks import split_sentences
-
+            return [said]
         parts = [part for part in split_sentences(text, language, longest) if any(map(str.isalnum, part))]
         if not parts:
             raise SpeechError(f"there is nothing to say in {text[:60]!r}: it holds neither letter nor digit")
-        return [piece for part in parts for piece in self._split(part, language, speaker, tag, positions, longest // 2
-                                                                if len(parts) == 1 else longest)]
+        longest = longest // 2 if len(parts) == 1 else longest
+        return [piece for part in parts for piece in self._split(part, language, reader, speaker, tag, positions, longest)]
 
     def submit(self, job: Job) -> None:
         """Let a request wait for its turn. Raises FullError where as many wait as may."""
@@ -179,7 +180,7 @@ class Engine:
             with self.reading:
                 one = make_utterance(job.shelf.decoders, self.inner, self.processor, job.parts[0], job.voice, job.reader.worn,
                                      job.tag, job.seed)
-            one.cap, one.key = min(one.cap, job.frames), Voice(job, self.inner.codec_model)
+            one.cap, one.key = min(one.cap, job.frames), Sound(job, self.inner.codec_model)
             if job.shelf not in self.batches:
                 self.batches[job.shelf] = Batch(job.shelf.decoders, self.slots, count_positions(job.shelf))
             self.batches[job.shelf].admit(one)
@@ -230,17 +231,13 @@ class Engine:
             job.gone = True
 
 
-class Voice:
+class Sound:
     """The samples of one utterance while its frames come: in chunks that grow, so that the first is there early."""
 
     def __init__(self, job: Job, codec):
         self.job, self.sent, self.chunks = job, 0, deque()
         self.sizes = chain(RAMP, repeat(RAMP[-1]))
-        self.size, self.wavs = next(self.sizes), decode_stream(codec, self._take_chunks())
-
-    def _take_chunks(self):
-        while True:
-            yield self.chunks.popleft()
+        self.size, self.wavs = next(self.sizes), decode_stream(codec, _take_all(self.chunks))
 
     def decode(self, row: Utterance) -> np.ndarray:
         """Return the samples of frames that have not been heard; none where they are too few yet."""
@@ -250,3 +247,8 @@ class Voice:
         self.chunks.append(np.array(row.codes[self.sent :], np.uint16))
         self.sent, self.size = len(row.codes), next(self.sizes)
         return next(self.wavs)
+
+
+def _take_all(chunks):
+    while True:
+        yield chunks.popleft()

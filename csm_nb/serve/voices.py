@@ -10,8 +10,8 @@ from peft import PeftModel
 from csm_nb.confusion.prompts import HOME, find_adapters
 from csm_nb.csm.adapters import AdapterError, load_adapter, remove_adapters
 from csm_nb.csm.load import inner_model
-from csm_nb.csm.speakers import pick_voice, read_speakers
-from csm_nb.csm.tags import read_tags
+from csm_nb.csm.record import read_entries
+from csm_nb.csm.speakers import pick_voice
 from csm_nb.hub import read_card
 from csm_nb.languages import LANGUAGES
 from csm_nb.paths import resolve_path
@@ -30,9 +30,10 @@ class Reader:
     name: str
     worn: str
     languages: tuple[str, ...]
+    licence: str
     tags: dict
     speakers: list[dict]
-    licence: str
+    read_out: bool
 
     @property
     def voices(self) -> list[str]:
@@ -92,8 +93,7 @@ def fill_shelf(model, folder, base_licence: str = "") -> Shelf:
     """
     seen, faults = list_folders(folder), {}
     model = remove_adapters(model) if isinstance(model, PeftModel) else model
-    base = Reader("", "", (HOME,), {}, read_speakers(getattr(model, "loaded_from", None)), base_licence)
-    readers = {HOME: base}
+    readers = {HOME: make_reader("", "", (HOME,), base_licence, getattr(model, "loaded_from", None))}
     for number, name in enumerate(seen):
         codes, place = NAME.fullmatch(name)[1].split("+"), resolve_path(folder) / name
         try:
@@ -102,7 +102,7 @@ def fill_shelf(model, folder, base_licence: str = "") -> Shelf:
             if not (place / "adapter_model.safetensors").is_file():
                 raise AdapterError("no adapter_model.safetensors; other kinds of weights are not read here")
             find_adapters(folder, dict.fromkeys(codes, name))
-            reader = Reader(name, f"a{number}", tuple(codes), read_tags(place), read_speakers(place), read_licence(place))
+            reader = make_reader(name, f"a{number}", tuple(codes), read_licence(place), place)
             reader.describe()
             model = load_adapter(model, place, name=reader.worn)
         except Exception as error:  # whatever is wrong with a folder is wrong with that one alone
@@ -114,6 +114,12 @@ def fill_shelf(model, folder, base_licence: str = "") -> Shelf:
     readers = {code: readers[code] for code in LANGUAGES if code in readers}
     worn = sorted({reader.worn for reader in readers.values() if reader.worn})
     return Shelf(model, Decoders(model, worn), readers, seen, faults)
+
+
+def make_reader(name: str, worn: str, languages, licence: str, folder) -> Reader:
+    """Return what reads by the record in a folder (csm.record): its tags, speakers, and whether texts are read out to it."""
+    entries = read_entries(folder)
+    return Reader(name, worn, languages, licence, entries["tags"], entries["speakers"], entries["read_out"])
 
 
 def read_licence(folder) -> str:

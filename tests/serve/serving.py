@@ -11,6 +11,7 @@ from test_decoders import stir
 
 from csm_nb.csm.adapters import add_adapter, remove_adapters
 from csm_nb.csm.load import load_base
+from csm_nb.csm.record import set_record
 from csm_nb.csm.save import save_adapter
 from csm_nb.csm.speakers import set_speakers
 from csm_nb.csm.tags import set_tags
@@ -21,23 +22,24 @@ BASE = "models/csm-mini"
 CARD = {"licence": "of the data: CC0-1.0"}
 
 
-def make_adapter(model, folder, code, seed, weight=True, **more):
+def make_adapter(model, folder, code, seed, weight=True, read_out=False, **more):
     """Save an adapter of a language below `folder`; without `weight` it changes nothing."""
     worn = add_adapter(model, 4, 8, 0.0, seed=seed, **more)
     speaker = {"corpus": "corpus/manifest.jsonl", "content": "abc", "speaker": f"anna-{code}", "hours": 0.5}
     counts = {20 + seed: 12, 5: 9, 1: 0}
     set_speakers(worn, [speaker | {"number": n, "clips": clips, "own": clips > 0} for n, clips in counts.items()])
     set_tags(worn, {one: "" for one in code.split("+")})
+    set_record(worn, read_out=read_out)
     path = save_adapter(stir(worn, seed) if weight else worn, folder / f"lora_{code}", CARD | {"language": code.split("+")[0]})
     remove_adapters(worn)
     return path
 
 
 def make_adapters(folder, codes=("no", "sv", "da")):
-    """Save an adapter for each language; one of them trains the MLP as well."""
+    """Save an adapter for each language; the second has trained the MLP as well, on texts that were read out."""
     model, _ = load_base(BASE, "cpu")
     for number, code in enumerate(codes):
-        make_adapter(model, folder, code, number, mlp=number == 1)
+        make_adapter(model, folder, code, number, mlp=number == 1, read_out=number == 1)
     return folder
 
 

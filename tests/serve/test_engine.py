@@ -1,12 +1,14 @@
 """One engine for everybody: what it says is what speak says alone, whoever else asks, hangs up, fails, comes or goes."""
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from serving import BASE, ask, hear, make_adapter, make_adapters, make_engine, step_until
+from serving import BASE, ask, hear, make_adapter, make_adapters, make_engine, step_until, wait_for
 
 from csm_nb.csm.adapters import load_adapter, remove_adapters
 from csm_nb.csm.load import load_base
@@ -15,7 +17,7 @@ from csm_nb.serve.engine import FullError
 from csm_nb.speak.generate import SpeechError, speak
 from csm_nb.text.sentences import make_sentences
 
-TEXTS = make_sentences("en", 8, 0, "validation")
+TEXTS = sorted(make_sentences("en", 40, 0, "validation"), key=len)[:8]  # short ones are spoken soon
 LANGUAGES = ["en", "no", "sv", "da"]
 
 
@@ -56,6 +58,7 @@ def alone(adapters):
 
 def test_every_answer_is_what_speak_says_of_the_request_alone_with_its_seed(engine, alone):
     asked = [(text, LANGUAGES[number % 4], number // 4) for number, text in enumerate(TEXTS)]
+    asked += [("Det var 12 katter.", language, 0) for language in ("no", "sv")]  # the Swedish one is read out
     jobs = [ask(engine, text, language, seed=seed) for text, language, seed in asked]
     step_until(engine, lambda: not engine.waiting and not engine.count_taken())
     for (job, told), request in zip(jobs, asked, strict=True):
@@ -137,17 +140,51 @@ def test_chunks_grow_so_that_the_first_is_there_after_one_frame(engine):
     assert sizes[:2] == [2, 4] and max(sizes) <= 12
 
 
+def test_what_was_spoken_is_let_go_of_at_once(engine):
+    gc.disable()  # which comes round late, and does not see how much the tensors of a codec's stream hold
+    try:
+        ask(engine, TEXTS[0], seconds=0.4)
+        engine._admit()
+        voice = weakref.ref(engine.batches[engine.shelf].rows[0].key)
+        assert voice() is not None
+        step_until(engine, lambda: not engine.count_taken())
+        assert voice() is None
+    finally:
+        gc.enable()
+
+
 def test_a_long_text_is_split_at_its_sentences_and_nothing_of_it_is_lost(engine):
-    pytest.importorskip("csm_nb.text.breaks")
-    text = " ".join(TEXTS) + " The number is 1234567890, and 9876543210 is the other one."
+    text = " ".join(make_sentences("en", 12, 0, "validation")) + " The number is 1234567890, and 9876543210 is the other one."
     assert len(text) > 300
-    job, told = ask(engine, text, seconds=120.0)
-    parts = list(job.parts)
-    assert "".join(" ".join(parts).split()) == "".join(text.split()) and len(parts) > len(TEXTS)
+    parts = engine.prepare(text, "en", "", 0, 30.0, print).parts
+    assert "".join(" ".join(parts).split()) == "".join(text.split()) and len(parts) > 12
+    assert engine.prepare(text[:300], "en", "", 0, 30.0, print).parts == [text[:300]]
+
+
+def test_a_text_is_read_out_to_an_adapter_that_was_trained_so_before_it_is_measured(engine):
+    assert engine.prepare("Vi har 12 katter.", "sv", "", 0, 30.0, print).parts == ["Vi har tolv katter."]
+    assert engine.prepare("Vi har 12 katter.", "no", "", 0, 30.0, print).parts == ["Vi har 12 katter."]
+
+
+def test_parts_are_said_one_after_the_other_with_a_pause_between_and_each_is_what_it_is_alone(engine, alone):
+    job, told = ask(engine, TEXTS[0])
+    job.parts = TEXTS[:3]
     step_until(engine, lambda: not engine.waiting and not engine.count_taken())
     wav, finish = hear(told)
-    frames, pauses = sum(map(len, job.codes)), len(parts) - 1
-    assert finish == "end" and len(wav) == frames * engine.rate / engine.frame_rate + pauses * int(0.3 * engine.rate)
+    speeches = [alone(text, "en", 0) for text in TEXTS[:3]]
+    assert all(np.array_equal(codes, speech.codes) for codes, speech in zip(job.codes, speeches, strict=True))
+    pause = int(0.3 * engine.rate)
+    assert len(wav) == sum(len(speech.wav) for speech in speeches) + 2 * pause and finish == "end"
+    place = len(speeches[0].wav)
+    assert not np.any(wav[place : place + pause])
+
+
+def test_of_parts_that_are_too_long_together_the_first_are_said_and_the_finish_tells(engine):
+    job, told = ask(engine, TEXTS[0], seconds=1.5)
+    job.parts = TEXTS[:3]
+    step_until(engine, lambda: not engine.waiting and not engine.count_taken())
+    wav, finish = hear(told)
+    assert finish == "length" and 0 < len(wav) <= 1.5 * engine.rate
 
 
 def test_what_can_not_be_said_is_refused_at_the_door(engine):
@@ -191,6 +228,20 @@ def test_an_adapter_that_goes_is_drained_and_one_that_comes_is_taken_up(folder, 
     model, _ = load_base(BASE, "cpu")
     make_adapter(model, folder, "de+fr", 4)
     assert engine.refresh() and engine.shelf.readers["fr"].name == "lora_de+fr" and "no" not in engine.shelf.readers
+
+
+def test_a_running_engine_looks_at_the_folder_by_itself(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "LOOK", 0.05)
+    engine = make_engine(tmp_path)
+    engine.start()
+    try:
+        shutil.copytree(adapters / "lora_no", tmp_path / "lora_no")
+        wait_for(lambda: "no" in engine.shelf.readers)
+        assert hear(ask(engine, TEXTS[0], "no", seconds=0.4)[1])[1] == "length"
+        shutil.rmtree(tmp_path / "lora_no")
+        wait_for(lambda: "no" not in engine.shelf.readers)
+    finally:
+        engine.stop()
 
 
 def test_what_does_not_work_is_not_listed_and_says_why(tmp_path):
