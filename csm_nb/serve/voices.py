@@ -54,9 +54,11 @@ class Reader:
         return pick_voice(self.speakers, voice)
 
     def describe(self) -> dict:
-        """Return its adapter, voices and licence, and whose voices they are: "6: anna of nst/manifest.jsonl (120 clips)"."""
-        whose = [f"{one['number']}: {one['speaker']} of {one['corpus']} ({one['clips']} clips)" for one in self.speakers
-                 if one["own"]]
+        """Return its adapter, voices and licence, and whose voices they are: "6: of nst/manifest.jsonl (120 clips)".
+
+        Names and ids of people stay in base.json.
+        """
+        whose = [f"{one['number']}: of {one['corpus']} ({one['clips']} clips)" for one in self.speakers if one["own"]]
         whose = whose or [f"{UNLISTED[0]} to {UNLISTED[-1]}: the speakers that its card tells of"]
         return {"adapter": self.name or None, "voices": self.voices, "whose": whose, "licence": self.licence}
 

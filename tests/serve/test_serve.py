@@ -246,7 +246,7 @@ def test_beyond_the_queue_there_are_503s_only_and_they_say_when_to_come_again(cl
 def test_languages_lists_who_reads_and_what_makes_the_missing_ones(client):
     rows = {row["code"]: row for row in client.get("/languages").json()["languages"]}
     assert rows.keys() == LANGUAGES.keys()
-    whose = [f"{number}: anna-no of corpus/manifest.jsonl ({clips} clips)" for number, clips in ((20, 12), (5, 9))]
+    whose = [f"{number}: of corpus/manifest.jsonl ({clips} clips)" for number, clips in ((20, 12), (5, 9))]
     assert rows["no"] == {"code": "no", "name": "Norwegian", "available": True, "adapter": "lora_no", "voices": ["20", "5"],
                           "whose": whose, "licence": "of the data: CC0-1.0"}
     assert rows["en"]["licence"] == "apache-2.0" and "make run LANGS=pl" in rows["pl"]["missing"]
