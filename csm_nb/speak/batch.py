@@ -43,26 +43,33 @@ def draw_numbers(text: str, speaker: str, seed: int, frames: int, codebooks: int
     return torch.rand(frames, codebooks, generator=generator)
 
 
-def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, drawn: torch.Tensor,
-           most: int) -> torch.Tensor:
-    """Return one index per row of logits (rows, vocabulary), by its number `drawn` (rows,), uniform in 0 to 1.
+class Sampler:
+    """How each row of a batch draws: temperature, top_k and top_p, one value per row (rows,)."""
 
-    Those that may be drawn share the line from 0 to 1 by their probabilities, in the order of their indices: by rank, two that
-    are as likely but for rounding change places, and one of 64 utterances came out otherwise in another batch. Settings are one
-    value per row; `most` is the largest top_k, and 1 takes the likeliest.
-    """
-    if most == 1:
-        return logits.argmax(-1)
-    values, indices = logits.topk(most)
-    shares = ((values - values[:, :1]).float() / temperature[:, None]).exp()
-    shares = shares.masked_fill(torch.arange(most, device=logits.device) >= top_k[:, None], 0)
-    before = shares.cumsum(-1) - shares
-    shares = shares.masked_fill(before >= top_p[:, None] * shares.sum(-1, keepdim=True), 0)
-    order = indices.argsort(-1)
-    shares = shares.gather(-1, order).cumsum(-1)
-    whole = shares[:, -1:]
-    place = ((shares <= drawn[:, None] * whole) & (shares < whole)).sum(-1, keepdim=True)
-    return indices.gather(-1, order.gather(-1, place))[:, 0]
+    def __init__(self, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, vocabulary: int):
+        self.most = min(int(top_k.max()), vocabulary)  # 1: all take the likeliest
+        self.temperature = temperature[:, None]
+        self.beyond = torch.arange(self.most, device=top_k.device) >= top_k[:, None]
+        self.top_p = top_p[:, None] if float(top_p.min()) < 1 else None
+
+    def draw(self, logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Return one index per row of logits (rows, vocabulary), by its number `drawn` (rows,), uniform in 0 to 1.
+
+        Those that may be drawn share the line from 0 to 1 by their probabilities, in the order of their indices: by rank, two
+        that are as likely but for rounding change places, and one of 64 utterances came out otherwise in another batch.
+        """
+        if self.most == 1:
+            return logits.argmax(-1)
+        values, indices = logits.topk(self.most)
+        shares = ((values - values[:, :1]).float() / self.temperature).exp().masked_fill(self.beyond, 0)
+        if self.top_p is not None:
+            sums = shares.cumsum(-1)
+            shares = shares.masked_fill(sums - shares >= self.top_p * sums[:, -1:], 0)
+        order = indices.argsort(-1)
+        shares = shares.gather(-1, order).cumsum(-1)
+        whole = shares[:, -1:]
+        place = ((shares <= drawn[:, None] * whole) & (shares < whole)).sum(-1, keepdim=True)
+        return indices.gather(-1, order.gather(-1, place))[:, 0]
 
 
 class Batch:
@@ -119,13 +126,9 @@ class Batch:
         decoders, device = self.decoders, self.hidden.device
         nothing = torch.zeros(decoders.codebooks)
         drawn = torch.stack([row.drawn[len(row.codes)] if row else nothing for row in rows]).to(device)
-        temperature, top_k, top_p = self.settings[:, :count]
-        most = min(int(top_k.max()), len(decoders.head))
-
-        def choose(codebook, logits):
-            return sample(logits, temperature, top_k, top_p, drawn[:, codebook], most)
-
-        frame = decoders.say_frame(self.hidden[:count], parts, self.depth_cache, choose)
+        sampler = Sampler(*self.settings[:, :count], len(decoders.head))
+        frame = decoders.say_frame(self.hidden[:count], parts, self.depth_cache,
+                                   lambda codebook, logits: sampler.draw(logits, drawn[:, codebook]))
         said = [row for row in rows if row]
         for row, codes in zip(rows, frame.tolist(), strict=True):
             ends = row and all(code == decoders.end for code in codes)

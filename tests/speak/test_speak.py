@@ -10,7 +10,7 @@ from csm_nb.csm.adapters import load_adapter, start_training
 from csm_nb.csm.load import load_base
 from csm_nb.csm.record import set_record
 from csm_nb.csm.save import save_adapter
-from csm_nb.speak.batch import sample
+from csm_nb.speak.batch import Sampler
 from csm_nb.speak.generate import SpeechError, cap_seconds, speak
 from csm_nb.text.sentences import make_sentences
 
@@ -55,8 +55,11 @@ def test_an_utterance_says_the_same_alone_in_four_and_in_32_in_any_order(base):
 
 
 def draw(logits, drawn, top_k, top_p=1.0):
-    settings = torch.tensor([0.7, top_k, top_p])[:, None].expand(3, len(logits))
-    return sample(logits, *settings, drawn, min(top_k + 1, logits.shape[1]))  # as where another row may draw from more
+    """Codes drawn beside a row that may draw from more, and another that draws otherwise."""
+    settings = torch.tensor([0.7, top_k, top_p])[:, None].repeat(1, len(logits) + 2)
+    settings[:, -2:] = torch.tensor([[1.0, 0.3], [5, 2], [1, 0.5]])
+    beside = torch.zeros(2, logits.shape[1])
+    return Sampler(*settings, logits.shape[1]).draw(torch.cat([logits, beside]), torch.cat([drawn, drawn[:2]]))[:-2]
 
 
 def test_codes_are_drawn_as_often_as_they_are_likely_and_only_the_likeliest():
