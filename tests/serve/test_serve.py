@@ -198,6 +198,7 @@ def test_two_thousand_quick_connections_keep_nobody_out(address):
     for number in range(2000):
         with socket.create_connection((host, int(port)), timeout=30) as quick:
             quick.sendall(b"GET /healthz HTTP/1.1\r\n" if number % 2 else b"")
+    assert httpx.get(f"{address}/healthz", timeout=30).json() == {"status": "ok"}
 
 
 def test_a_client_that_reads_a_byte_at_a_time_holds_no_row(address, engine):
