@@ -78,7 +78,7 @@ def check_text(model, processor, text: str, speaker: str = "0", tag: str = "", c
 
 @torch.inference_mode()
 def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, top_k: int = 30, seed: int = 0,
-          batch_size: int = 32, keep=None, language: str = "", top_p: float = 1.0, context=()) -> list[Speech]:
+          batch_size: int = 32, keep=None, language: str = "", top_p: float = 1.0, context=(), decoders=None) -> list[Speech]:
     """Speak `texts` with the base or an adapted model, `batch_size` at once; one speaker id for all, or one per text.
 
     Without a speaker id, the voice of the adapter's own corpus with the most clips, or the base's "0". What a text says
@@ -87,6 +87,7 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     its own cap in frames; one that reaches it did not end by itself (`finish` is "length": a runaway) and is returned as far as
     it came. The tag that the model was trained with stands before each text: that of `language`, by default of the adapter's
     own. `context` is what was said before, [(text, codes, speaker)], for a voice to go on from (prompt_rows).
+    `decoders` (read_decoders) spare whoever speaks often with the same weights that they are read each time.
 
     With `keep` (keep.Keep) what was said before is found again, by what voice.describe_speech says, and what is new is kept:
     its codes, each decoded alone, so that it sounds the same to the last bit. Before anything is spoken, raises SpeechError
@@ -103,9 +104,10 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
     for text, speaker in zip(texts, speakers, strict=True):
         check_text(inner, processor, text, speaker, tag, context)
     order = sorted(range(len(texts)), key=lambda i: cap_seconds(texts[i]))  # of like length together
-    decoders = Decoders(inner, [active] if active else [])
 
     def make(chosen):
+        nonlocal decoders
+        decoders = decoders or read_decoders(model)  # not where all of it was said before
         waiting = [make_utterance(decoders, inner, processor, texts[order[place]], speakers[order[place]], active, tag, seed,
                                   sampling, context, place) for place in chosen]
         said = {one.key: one for one in say(decoders, waiting, batch_size)}
@@ -123,6 +125,12 @@ def speak(model, processor, texts, speaker_ids=None, temperature: float = 0.6, t
         codes = np.array(row["codes"], np.uint16)
         said[i] = Speech(written[i], decode(inner.codec_model, [codes])[0], codes, row["finish"])
     return said
+
+
+def read_decoders(model) -> Decoders:
+    """Return what speaks in `model` as it is now: with the active adapter, or none."""
+    active = name_active(model)
+    return Decoders(inner_model(model), [active] if active else [])
 
 
 def read_texts(model, texts, language: str = "") -> list[str]:

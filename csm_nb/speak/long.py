@@ -9,7 +9,7 @@ from csm_nb.audio import SAMPLE_RATE
 from csm_nb.csm.load import inner_model
 from csm_nb.csm.speakers import get_speakers, pick_voice
 from csm_nb.speak.attempts import speak_again
-from csm_nb.speak.generate import Speech, cap_seconds, read_texts, speak
+from csm_nb.speak.generate import Speech, cap_seconds, read_decoders, read_texts, speak
 from csm_nb.text.breaks import split_sentences
 
 PAUSE = 0.35  # s between two sentences, counted from sound to sound
@@ -37,10 +37,11 @@ def read_aloud(model, processor, text: str, language: str, speaker: str = "", se
     """
     parts = [piece for part in split_sentences(text, language) for piece in _fit(model, part, language)]
     voice, said, before = pick_voice(get_speakers(model), speaker), [], []
-    spoken = [part for part in parts if any(map(str.isalnum, part))] or [text]
+    spoken, decoders = [part for part in parts if any(map(str.isalnum, part))] or [text], read_decoders(model)
     for number, part in enumerate(spoken, 1):
         read, = read_texts(model, [part], language)
-        given = how | {"speaker_ids": voice, "seed": seed, "context": before if _has_room(model, read, before) else ()}
+        given = how | {"speaker_ids": voice, "seed": seed, "decoders": decoders}
+        given |= {"context": before} if _has_room(model, read, before) else {}
         if asr is None:
             one, = speak(model, processor, [part], language=language, **given)
         else:

@@ -19,7 +19,8 @@ from csm_nb.csm.record import set_record
 from csm_nb.csm.save import save_adapter
 from csm_nb.csm.speakers import get_speakers
 from csm_nb.judge.judges import load_asr
-from csm_nb.speak import attempts
+from csm_nb.keep import Keep
+from csm_nb.speak import attempts, generate
 from csm_nb.speak.__main__ import main
 from csm_nb.speak.generate import Speech, SpeechError, check_text, speak
 from csm_nb.speak.long import PAUSE, join_speech, read_aloud
@@ -76,6 +77,16 @@ def test_a_long_text_is_said_sentence_by_sentence_each_after_the_one_before(base
     assert np.array_equal(after.codes, reading.said[1].codes)
     with pytest.raises(SpeechError, match="nothing to say"):
         read_aloud(*base, "… – !", "en")
+
+
+def test_weights_are_read_once_for_all_sentences_and_not_where_all_was_said_before(base, tmp_path, monkeypatch):
+    made, read = [], generate.Decoders
+    monkeypatch.setattr(generate, "Decoders", lambda *given: made.append(given) or read(*given))
+    read_aloud(*base, STORY, "en")
+    assert len(made) == 1
+    for _ in range(2):
+        speak(*base, [STORY[:16]], keep=Keep(tmp_path))
+    assert len(made) == 2
 
 
 def test_pauses_are_even_levels_alike_and_no_sample_over_full_scale():
